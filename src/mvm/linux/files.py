@@ -1,12 +1,13 @@
 """Files that survive a crash, locks that say who holds them, and removal that cannot be led astray.
 
-Rules. A file is either written in full and durable or not there: `write_atomic` syncs the file before the rename and
-the directory after it. What a crash can leave is a temporary `.tmp-*` beside the target; `sweep_temporaries` removes
-those. Removal works through directory descriptors and never follows a symbolic link or enters another mount.
-OSErrors pass through unchanged, except a full disk, which is ResourceExhausted.
+Rules. A file is either written in full and durable or not there: `write_atomic` syncs the file before the
+rename and the directory after it. What a crash can leave is a temporary `.tmp-*` beside the target;
+`sweep_temporaries` removes those. Removal works through directory descriptors and never follows a symbolic
+link or enters another mount. OSErrors pass through unchanged, except a full disk, which is
+ResourceExhausted.
 
-Locks are flock(2) on a file of their own. They die with their holder; the file stays and holds the pid of the last
-exclusive holder, for the message only, never for a decision.
+Locks are flock(2) on a file of their own. They die with their holder; the file stays and holds the pid of
+the last exclusive holder, for the message only, never for a decision.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import os
 import stat
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvm.core.errors import Busy, Conflict, InvalidInput, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 _MAX_DEPTH = 256
@@ -124,8 +125,8 @@ def ensure_dir(path: Path, mode: int = 0o700) -> None:
 def wipe(path: Path) -> None:
     """Overwrite what is stored of a file (holes stay holes), then unlink it; absent is done.
 
-    Best effort: a copy-on-write file system or a flash drive may keep the old blocks. What must be beyond recovery is
-    encrypted, and its key is wiped first.
+    Best effort: a copy-on-write file system or a flash drive may keep the old blocks. What must be beyond
+    recovery is encrypted, and its key is wiped first.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -179,7 +180,9 @@ def remove_tree(path: Path) -> None:
         os.close(parent)
 
 
-def _remove_entry(parent: int, name: str, found: os.stat_result, device: int, shown: Path, depth: int) -> None:
+def _remove_entry(
+    parent: int, name: str, found: os.stat_result, device: int, shown: Path, depth: int
+) -> None:
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=parent)
         return
@@ -201,8 +204,8 @@ def _remove_entry(parent: int, name: str, found: os.stat_result, device: int, sh
 def locked(path: Path, *, wait: float, shared: bool = False) -> Iterator[int]:
     """Hold the lock at `path` (created 0600 in an existing directory); yields its descriptor.
 
-    Raises Busy after `wait` seconds, naming the exclusive holder. The unlock is explicit, so a forked child that
-    inherited the descriptor does not keep the lock.
+    Raises Busy after `wait` seconds, naming the exclusive holder. The unlock is explicit, so a forked child
+    that inherited the descriptor does not keep the lock.
     """
     fd = _acquire(path, wait, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
@@ -241,7 +244,8 @@ def _acquire(path: Path, wait: float, how: int) -> int:
         except BaseException:
             os.close(fd)
             raise
-        # The file may have been removed and made anew while we waited: a lock on an unlinked file excludes nobody.
+        # The file may have been removed and made anew while we waited: a lock on an unlinked file excludes
+        # nobody.
         try:
             current = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:

@@ -1,14 +1,16 @@
 """The only door to other programs.
 
-Rules. A program is an argument list, never a shell string. It starts with a clean environment (`PATH`, `LANG`, `HOME`
-and what the caller names), `/dev/null` or given bytes as stdin, no descriptor beyond those passed, in a session of its
-own (so that a time-out can end the whole group, and Ctrl-C reaches only mvm, which then ends the group itself). Nothing
-secret belongs in `argv` or `env`: both are world-readable in /proc. Every exit status is checked against `ok`.
+Rules. A program is an argument list, never a shell string. It starts with a clean environment (`PATH`,
+`LANG`, `HOME` and what the caller names), `/dev/null` or given bytes as stdin, no descriptor beyond those
+passed, in a session of its own (so that a time-out can end the whole group, and Ctrl-C reaches only mvm,
+which then ends the group itself). Nothing secret belongs in `argv` or `env`: both are world-readable in
+/proc. Every exit status is checked against `ok`.
 
-`run` waits for the program and returns its output, bounded by `MAX_OUTPUT`. `start` hands back a process that outlives
-the call, held by a pidfd, so that no signal can reach a stranger who got the same number.
+`run` waits for the program and returns its output, bounded by `MAX_OUTPUT`. `start` hands back a process
+that outlives the call, held by a pidfd, so that no signal can reach a stranger who got the same number.
 
-Both are safe in a forked child as long as it has one thread: no lock, thread or handler is kept between calls.
+Both are safe in a forked child as long as it has one thread: no lock, thread or handler is kept between
+calls.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
-    from typing import Self
+    from typing import Any, Self
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_OUTPUT = 64 << 20
@@ -56,7 +58,8 @@ class Completed(NamedTuple):
 
 
 class Child:
-    """A running child of this process: `pid`, and `pidfd`, an owned descriptor that is readable once it has ended.
+    """A running child of this process: `pid`, and `pidfd`, an owned descriptor that is readable once it has
+    ended.
 
     `close` (or leaving the context) gives up the descriptor and leaves the process running.
     """
@@ -70,12 +73,14 @@ class Child:
         self.code: int | None = None
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """The exit status (minus the signal's number if killed), reaping the process; None after `timeout` seconds."""
+        """The exit status (minus the signal's number if killed), reaping the process; None after `timeout`
+        seconds."""
         if self.code is None and wait_readable(self.pidfd, timeout):
             try:
                 result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             except ChildProcessError:
-                # Somebody else reaped it (SIGCHLD ignored, or a fork of ours asks): ended, with a status nobody kept.
+                # Somebody else reaped it (SIGCHLD ignored, or a fork of ours asks): ended, with a status
+                # nobody kept.
                 self.code = 0x100
             else:
                 assert result is not None
@@ -174,8 +179,8 @@ def start(
     )  # fmt: skip
     # An unreaped child keeps its number, so this cannot open a stranger.
     pidfd = os.pidfd_open(popen.pid)
-    # From here the Child reaps. A Popen collected while "running" would enter subprocess's list of orphans and be
-    # waited for behind our back by the next Popen.
+    # From here the Child reaps. A Popen collected while "running" would enter subprocess's list of orphans
+    # and be waited for behind our back by the next Popen.
     popen.returncode = 0
     return Child(popen.pid, pidfd, tuple(argv))
 
@@ -193,10 +198,10 @@ def run(
 ) -> Completed:
     """Run a program to its end, `timeout` seconds at most.
 
-    With `on_line`, stdout and stderr are one stream: each line goes to `on_line` as it comes (without its newline,
-    undecodable bytes replaced) and all of it to `Completed.stdout`. A daemon that the program leaves behind holding the
-    pipes does not hold up the return. Raises CommandFailed (status not in `ok`, time-out, too much output) and
-    MissingPrerequisite (no such program).
+    With `on_line`, stdout and stderr are one stream: each line goes to `on_line` as it comes (without its
+    newline, undecodable bytes replaced) and all of it to `Completed.stdout`. A daemon that the program
+    leaves behind holding the pipes does not hold up the return. Raises CommandFailed (status not in `ok`,
+    time-out, too much output) and MissingPrerequisite (no such program).
     """
     import subprocess
 
@@ -222,16 +227,21 @@ def run(
     if problem:
         raise _failure(argv, cwd, f"{argv[0]} wrote more than {MAX_OUTPUT} bytes", b"")
     if popen.returncode not in ok:
-        how = f"was killed by signal {-popen.returncode}" if popen.returncode < 0 else f"exited with {popen.returncode}"
+        how = (
+            f"was killed by signal {-popen.returncode}"
+            if popen.returncode < 0
+            else f"exited with {popen.returncode}"
+        )
         raise _failure(argv, cwd, f"{argv[0]} {how}", err if err.strip() else out)
     return Completed(tuple(argv), popen.returncode, out, err)
 
 
-def _popen(argv: Sequence[str], cwd: Path | None, **options: object) -> subprocess.Popen[bytes]:
+def _popen(argv: Sequence[str], cwd: Path | None, **options: Any) -> subprocess.Popen[bytes]:
     import subprocess
 
     try:
-        return subprocess.Popen(list(argv), cwd=cwd, close_fds=True, **options)  # type: ignore[call-overload,no-any-return]
+        popen: subprocess.Popen[bytes] = subprocess.Popen(list(argv), cwd=cwd, close_fds=True, **options)
+        return popen
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         if cwd is not None and not os.path.isdir(cwd):
             raise _failure(argv, cwd, f"{argv[0]} has no directory to run in", str(error).encode()) from error
@@ -247,7 +257,8 @@ def _popen(argv: Sequence[str], cwd: Path | None, **options: object) -> subproce
 def _converse(
     popen: subprocess.Popen[bytes], stdin: bytes, deadline: float, on_line: Callable[[str], None] | None
 ) -> tuple[bytes, bytes, str]:
-    """Feed and read the program until it has ended and its pipes are dry: (stdout, stderr, what went wrong or '')."""
+    """Feed and read the program until it has ended and its pipes are dry: (stdout, stderr, what went wrong
+    or '')."""
     import select
 
     chunks: dict[int, bytearray] = {}
@@ -347,7 +358,8 @@ def _end_group(popen: subprocess.Popen[bytes]) -> None:
             popen.wait(_TERM_S)
         except subprocess.TimeoutExpired:
             pass
-    # Also when the leader is gone: a group lives while any member does, and its number is not given out again.
+    # Also when the leader is gone: a group lives while any member does, and its number is not given out
+    # again.
     _killpg(popen.pid, signal.SIGKILL)
     popen.wait()
 
