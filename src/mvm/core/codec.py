@@ -1,0 +1,100 @@
+"""JSON documents with one canonical form and one way in.
+
+Out: keys sorted, UTF-8, no spaces, one newline at the end; equal values give equal bytes, so a digest of a
+document is a digest of its value. In: bounded, strict (unknown fields, wrong types and values out of range
+are refused), and any failure is `InvalidInput` naming the field. Nothing else escapes from `decode`,
+whatever the bytes."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, TypeVar
+
+import msgspec
+
+from mvm.core.errors import InvalidInput
+from mvm.core.ids import InstanceId, NodeId, PoolId, RevisionId, SnapshotId, TenantId
+
+T = TypeVar("T")
+
+_IDS = (TenantId, PoolId, InstanceId, RevisionId, SnapshotId, NodeId)
+
+
+def _enc_hook(value: Any) -> Any:
+    # msgspec encodes exact str only; a checked id is its text.
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return str.__str__(value)
+    raise NotImplementedError(f"no JSON form for {type(value).__name__}")
+
+
+def _dec_hook(kind: type, value: Any) -> Any:
+    if kind in _IDS:
+        if type(value) is not str:
+            raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
+        try:
+            return kind.parse(value)
+        except InvalidInput as error:
+            # ValueError is what msgspec turns into an error that knows the field's path.
+            raise ValueError(f"{error.brief}. {error.details}") from error
+    raise NotImplementedError(f"no decoder for {kind.__name__}")
+
+
+def encode(value: Any) -> bytes:
+    """The canonical bytes of `value`, newline included."""
+    return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted") + b"\n"
+
+
+def encode_line(value: Any) -> bytes:
+    """The canonical bytes without the newline, for digests and line formats."""
+    return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
+
+
+def decode(untrusted: bytes, kind: type[T], *, limit: int, what: str, resolution: str = "") -> T:
+    """Parse `untrusted` (at most `limit` bytes) as `kind`; `what` names the document in errors."""
+    if len(untrusted) > limit:
+        raise InvalidInput(
+            f"{what} is too large",
+            details=f"It has {len(untrusted)} bytes; at most {limit} are read.",
+            resolution=resolution or "Check that this is the right file.",
+        )
+    try:
+        return msgspec.json.decode(untrusted, type=kind, dec_hook=_dec_hook, strict=True)
+    except msgspec.ValidationError as error:
+        reason, field = _split_path(str(error))
+        where = f"field `{field}`" if field else "the document"
+        raise InvalidInput(
+            f"{what} is not valid: {where}: {reason}",
+            details=str(error),
+            resolution=resolution or f"Correct {where} and try again.",
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput(
+            f"{what} is not JSON",
+            details=str(error) if not isinstance(error, RecursionError) else "nested too deeply",
+            resolution=resolution or "Check that the file is complete and was not edited by hand.",
+        ) from error
+
+
+def checked(value: T, *, what: str) -> T:
+    """Put a value built in this process through the same rules as one that was read.
+
+    msgspec checks ranges only when it decodes, so constructors of documents end with this.
+    """
+    try:
+        plain = msgspec.to_builtins(value, enc_hook=_enc_hook)
+        return msgspec.convert(plain, type(value), dec_hook=_dec_hook, strict=True)
+    except msgspec.ValidationError as error:
+        reason, field = _split_path(str(error))
+        raise InvalidInput(
+            f"{what} is not valid: {f'field `{field}`: ' if field else ''}{reason}",
+            details=str(error),
+            resolution=f"Correct {f'`{field}`' if field else 'it'} and try again.",
+        ) from error
+
+
+def _split_path(message: str) -> tuple[str, str]:
+    """("Expected `int` <= 32", "vcpus") from msgspec's "Expected `int` <= 32 - at `$.vcpus`"."""
+    reason, found, path = message.rpartition(" - at `$")
+    if not found:
+        return message, ""
+    return reason, path.rstrip("`").lstrip(".")
