@@ -7,8 +7,11 @@ whatever the bytes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -17,7 +20,9 @@ from mvm.core.ids import InstanceId, NodeId, PoolId, RevisionId, SnapshotId, Ten
 
 T = TypeVar("T")
 
-_IDS = (TenantId, PoolId, InstanceId, RevisionId, SnapshotId, NodeId)
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+_SHOWN: Final = 300
+_IDS: Final = (TenantId, PoolId, InstanceId, RevisionId, SnapshotId, NodeId)
 
 
 def _enc_hook(value: Any) -> Any:
@@ -49,8 +54,19 @@ def encode_line(value: Any) -> bytes:
     return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
 
 
-def decode(untrusted: bytes, kind: type[T], *, limit: int, what: str, resolution: str = "") -> T:
-    """Parse `untrusted` (at most `limit` bytes) as `kind`; `what` names the document in errors."""
+def decode(
+    untrusted: bytes,
+    kind: type[T],
+    *,
+    limit: int,
+    what: str,
+    resolution: str = "",
+    allowed: Mapping[str, str] = _NOTHING,
+) -> T:
+    """Parse `untrusted` (at most `limit` bytes) as `kind`; `what` names the document in errors.
+
+    `allowed`: what a field may hold, as a sentence, by the field's path without indices (`pools.count`).
+    """
     if len(untrusted) > limit:
         raise InvalidInput(
             f"{what} is too large",
@@ -60,22 +76,16 @@ def decode(untrusted: bytes, kind: type[T], *, limit: int, what: str, resolution
     try:
         return msgspec.json.decode(untrusted, type=kind, dec_hook=_dec_hook, strict=True)
     except msgspec.ValidationError as error:
-        reason, field = _split_path(str(error))
-        where = f"field `{field}`" if field else "the document"
-        raise InvalidInput(
-            f"{what} is not valid: {where}: {reason}",
-            details=str(error),
-            resolution=resolution or f"Correct {where} and try again.",
-        ) from error
+        raise _invalid(str(error), what, allowed, resolution) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(
             f"{what} is not JSON",
-            details=str(error) if not isinstance(error, RecursionError) else "nested too deeply",
+            details="nested too deeply" if isinstance(error, RecursionError) else _shown(str(error)),
             resolution=resolution or "Check that the file is complete and was not edited by hand.",
         ) from error
 
 
-def checked(value: T, *, what: str) -> T:
+def checked(value: T, *, what: str, allowed: Mapping[str, str] = _NOTHING) -> T:
     """Put a value built in this process through the same rules as one that was read.
 
     msgspec checks ranges only when it decodes, so constructors of documents end with this.
@@ -84,17 +94,26 @@ def checked(value: T, *, what: str) -> T:
         plain = msgspec.to_builtins(value, enc_hook=_enc_hook)
         return msgspec.convert(plain, type(value), dec_hook=_dec_hook, strict=True)
     except msgspec.ValidationError as error:
-        reason, field = _split_path(str(error))
-        raise InvalidInput(
-            f"{what} is not valid: {f'field `{field}`: ' if field else ''}{reason}",
-            details=str(error),
-            resolution=f"Correct {f'`{field}`' if field else 'it'} and try again.",
-        ) from error
+        raise _invalid(str(error), what, allowed, "") from error
 
 
-def _split_path(message: str) -> tuple[str, str]:
-    """("Expected `int` <= 32", "vcpus") from msgspec's "Expected `int` <= 32 - at `$.vcpus`"."""
+def _invalid(message: str, what: str, allowed: Mapping[str, str], resolution: str) -> InvalidInput:
+    """From msgspec's "Expected `int` <= 32 - at `$.pools[0].vcpus`"."""
     reason, found, path = message.rpartition(" - at `$")
     if not found:
-        return message, ""
-    return reason, path.rstrip("`").lstrip(".")
+        reason, path = message, ""
+    field = _shown(path.rstrip("`").lstrip("."))
+    rule = allowed.get(re.sub(r"\[[^]]*\]", "", field), "")
+    # A pattern is for programs; where the field has a sentence, that says it better.
+    reason = "not of the form it must have" if rule and "matching regex" in reason else _shown(reason)
+    return InvalidInput(
+        f"{what} is not valid: {f'field `{field}`: ' if field else ''}{reason}",
+        details=rule,
+        resolution=resolution or f"Correct {f'`{field}`' if field else 'it'} and try again.",
+    )
+
+
+def _shown(text: str) -> str:
+    """Printable and short: msgspec quotes keys and values of the document, which may be hostile."""
+    safe = "".join(c if c.isprintable() else "?" for c in text[:_SHOWN])
+    return safe + ("..." if len(text) > _SHOWN else "")

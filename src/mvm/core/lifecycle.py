@@ -12,9 +12,11 @@ carries it out sets `committed` in the persisted intent at that instant. Three t
 with one answer:
 
   it succeeded: `success`;
-  it failed, and whoever tried is alive to say so: `failure` before the commit point, `settle` after it;
-  whoever tried died (crash, SIGKILL, power): `settle`, in which `alive` means that the VMM runs *and* its guest
-  answers. If that says anything but `running`, recovery ends the VMM and releases what it held.
+  it failed, and whoever tried is alive to say so: `after_failure(step, committed=, alive=)`;
+  whoever tried died (crash, SIGKILL, power): `settle(step, committed=, alive=)`.
+
+`alive` means that the VMM runs *and* its guest answers. Where the answer is not `running`, whoever asked ends the
+VMM and releases what it held.
 
 Why waking has its commit point at the resume of the vCPUs and not at its end: from then on the guest may
 have written to its data disk, and memory older than the disk it caches must never be restored again. A wake
@@ -257,6 +259,16 @@ def settle(step: Step, *, committed: bool, alive: bool) -> State:
     """Where a step that was cut short ends. `alive`: the VMM runs and its guest answers."""
     at = step.after_commit if committed else step.before_commit
     return at.alive if alive else at.gone
+
+
+def after_failure(step: Step, *, committed: bool, alive: bool) -> State:
+    """Where a step ends that failed in the hands of somebody who lived to clean up after it.
+
+    Before the commit point that is `step.failure`, unless that says `running` of a guest that did not survive.
+    """
+    if committed or (step.failure is State.RUNNING and not alive):
+        return settle(step, committed=committed, alive=alive)
+    return step.failure
 
 
 def render_diagram() -> str:
