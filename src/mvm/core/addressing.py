@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Annotated, Final
 
 import msgspec
@@ -230,7 +231,7 @@ def allocate(now: Allocations, tenant: TenantId, *, fixed_ip: str | None = None)
         if index in used:
             raise Conflict(
                 f"{fixed_ip} is in {subnet(index)}, which belongs to {used[index]}",
-                details="A subnet is one tenant's for ever; it is not given to another, even after a destroy.",
+                details="A subnet is one tenant's for ever; it is given to no other, even after a destroy.",
                 resolution="Choose an address in an unused subnet, or leave the address out.",
             )
         next_index = now.next_index
@@ -280,7 +281,7 @@ def decode_allocations(untrusted: bytes) -> Allocations:
     return value
 
 
-def free_slot(taken: frozenset[int] | set[int], *, reserved: frozenset[int] | set[int] = frozenset()) -> int:
+def free_slot(taken: Collection[int], *, reserved: Collection[int] = ()) -> int:
     """The lowest slot in neither set. `reserved`: the slot of the tenant's fixed address. Raises
     ResourceExhausted."""
     for slot in range(limits.SLOTS_PER_TENANT):

@@ -15,8 +15,8 @@ with one answer:
   it failed, and whoever tried is alive to say so: `after_failure(step, committed=, alive=)`;
   whoever tried died (crash, SIGKILL, power): `settle(step, committed=, alive=)`.
 
-`alive` means that the VMM runs *and* its guest answers. Where the answer is not `running`, whoever asked ends the
-VMM and releases what it held.
+`alive` means that the VMM runs *and* its guest answers. Where the answer is not `running`, whoever asked
+ends the VMM and releases what it held.
 
 Why waking has its commit point at the resume of the vCPUs and not at its end: from then on the guest may
 have written to its data disk, and memory older than the disk it caches must never be restored again. A wake
@@ -264,8 +264,8 @@ def settle(step: Step, *, committed: bool, alive: bool) -> State:
 def after_failure(step: Step, *, committed: bool, alive: bool) -> State:
     """Where a step ends that failed in the hands of somebody who lived to clean up after it.
 
-    Before the commit point that is `step.failure`, unless that says `running` of a guest that did not survive.
-    """
+    Before the commit point that is `step.failure`, unless that says `running` of a guest that did not
+    survive."""
     if committed or (step.failure is State.RUNNING and not alive):
         return settle(step, committed=committed, alive=alive)
     return step.failure

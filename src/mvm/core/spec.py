@@ -89,7 +89,7 @@ _EGRESS: Final = re.compile(r"([0-9.]{7,15})(?:/([0-9]{1,2}))?(?::([0-9]{1,5})(?
 def _bad_egress(shown: str) -> InvalidInput:
     return InvalidInput(
         f"{shown[:40]!a} is not an egress rule",
-        details="An egress rule is an IPv4 network, with a port and a protocol if it is for one service only; "
+        details="An egress rule is an IPv4 network, with a port and protocol if it is for one service; "
         "names are not accepted, because what a name means is decided by somebody else.",
         resolution="Use, for example, 203.0.113.0/24, 203.0.113.7:443 or 203.0.113.7:53/udp.",
     )
@@ -191,8 +191,8 @@ _ALLOWED: Final[dict[str, str]] = {
     "vcpus": f"`vcpus` is {limits.VCPUS_MIN} to {limits.VCPUS_MAX}.",
     "mem_mib": f"`mem_mib` is {limits.SPEC_MEM_MIB_MIN} to {limits.MEM_MIB_MAX} MiB; less does not boot.",
     "data_disk_mib": f"`data_disk_mib` is {limits.DATA_DISK_MIB_MIN} to {limits.DATA_DISK_MIB_MAX} MiB.",
-    "flake_ref": f"`flake_ref` has 1 to {limits.FLAKE_REF_MAX} printable ASCII characters, no spaces, no hyphen "
-    "first: a directory or a Nix flake reference such as github:owner/name.",
+    "flake_ref": f"`flake_ref` has 1 to {limits.FLAKE_REF_MAX} printable ASCII characters, no spaces, "
+    "no hyphen first: a directory or a Nix flake reference such as github:owner/name.",
     "sleep.idle_s": f"`idle_s` is {limits.IDLE_S_MIN} to {limits.IDLE_S_MAX} seconds, or null for never.",
 }
 
