@@ -66,12 +66,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def _reported() -> Iterator[None]:
+    """Fail this phase of the test if a refusal in it was swallowed."""
     result = yield
-    if item.path.is_relative_to(UNIT) and GUARD.violations:
-        pytest.fail("swallowed: " + "; ".join(GUARD.violations), pytrace=False)
+    if GUARD.violations:
+        swallowed = "; ".join(GUARD.violations)
+        GUARD.violations.clear()
+        pytest.fail(f"swallowed: {swallowed}", pytrace=False)
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    return (yield from _reported())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    return (yield from _reported())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    return (yield from _reported())
 
 
 @pytest.fixture
