@@ -7,10 +7,11 @@
     vsock, logger, metrics   ours, over the base's other keys
     anything else       the base's, untouched
 
-**The base comes from a tenant's flake, so it may not name anything of the host.** Drives and interfaces beside ours
-are refused, and of ours only the keys in `_KEPT` (rate limiters, mtu) are taken from the base; top-level sections
-that hold host paths (`_REFUSED`) are refused. What stays free: CPU template, huge pages, balloon, entropy, MMDS, and
-whatever Firecracker ignores or refuses for itself (unknown at the top level, unknown below it).
+**The base comes from a tenant's flake, so it may not name anything of the host.** Drives and interfaces
+beside ours are refused, and of ours only the keys in `_KEPT` (rate limiters, mtu) are taken from the base;
+top-level sections that hold host paths (`_REFUSED`) are refused. What stays free: CPU template, huge pages,
+balloon, entropy, MMDS, and whatever Firecracker ignores or refuses for itself (unknown at the top level,
+unknown below it).
 
 The data drive is `Writeback`, because the default `Unsafe` hides the guest's flushes and a power cut would
 lose what the guest believes is on disk; and `Sync`, the engine that every host kernel supports.
@@ -28,8 +29,8 @@ from mvm.core import limits
 from mvm.core.errors import InvalidInput
 from mvm.core.plan import InstancePlan, merge_boot_args
 
-# 0 to 2 are reserved by the vsock protocol; every instance has a socket of its own, so one number does for
-# all.
+# 0 to 2 are reserved by the vsock protocol; every instance has a socket of its own, so all can have one
+# number.
 GUEST_CID: Final = 3
 
 _OBJECTS: Final = ("boot-source", "machine-config", "vsock", "logger", "metrics")
@@ -118,6 +119,8 @@ def _check_base(base: dict[str, Any]) -> None:
     for key in _OBJECTS:
         if key in base and not isinstance(base[key], dict):
             raise _bad_base(key, "it is not an object")
+    if "gdb_socket_path" in base.get("machine-config", {}):
+        raise _bad_base("machine-config.gdb_socket_path", "it opens a debugger's socket on the host")
     for key, name in _LISTS.items():
         entries = base.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

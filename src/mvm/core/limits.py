@@ -63,6 +63,7 @@ MESSAGE_MAX: Final = 4096
 HOST_IDENTITY_MAX: Final = 256
 STORE_PATHS: Final = 64
 ARTIFACTS: Final = 16
+AUDIT_ARGUMENTS: Final = 64
 
 # Documents, in bytes.
 SPEC_JSON_BYTES: Final = 256 * 1024
