@@ -1,0 +1,115 @@
+"""Reading another process's memory, and telling which of its pages it has written.
+
+A private mapping (MAP_PRIVATE of a file, or anonymous memory) answers the question a snapshot asks: a page the process
+wrote is anonymous (present or swapped, and not file backed), every other page still equals the file below it, or zero.
+/proc/<pid>/pagemap tells the two apart (Documentation/admin-guide/mm/pagemap.rst) with no help from the process, no
+dirty-log to arm beforehand, and on any kernel. The process must be stopped or paused by the caller while this runs.
+Needs CAP_SYS_PTRACE or the same uid.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+
+PAGE = 4096
+_SWAPPED = 1 << 62
+_PRESENT = 1 << 63
+_FILE_OR_SHARED = 1 << 61
+_ENTRIES_AT_ONCE = 32768
+
+
+def written_runs(entries: array[int], first_page: int = 0) -> Iterator[tuple[int, int]]:
+    """Runs (first page, page count) of anonymous pages among pagemap `entries`, in order.
+
+    `entries` are the 64-bit values of consecutive pages, of which the first has the number `first_page`.
+    """
+    start = -1
+    for page, entry in enumerate(entries, first_page):
+        # 0b10x: present and not file backed; 0b01x: in swap, which only anonymous memory of ours can be.
+        top = entry >> 61
+        if top == 0b100 or top & 0b010:
+            if start < 0:
+                start = page
+        elif start >= 0:
+            yield start, page - start
+            start = -1
+    if start >= 0:
+        yield start, first_page + len(entries) - start
+
+
+class ProcessMemory:
+    """The span `[address, address + size)` of process `pid`, open for reading until `close`.
+
+    Opened by descriptor at once, so that a pid reused later can never be read by mistake.
+    Raises OSError (ESRCH, EIO) when the process is gone.
+    """
+
+    def __init__(self, pid: int, address: int, size: int) -> None:
+        if address % PAGE or size % PAGE:
+            raise ValueError("span is not page aligned")
+        self.address = address
+        self.size = size
+        self._mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(self._mem)
+            raise
+
+    def dirty_runs(self) -> Iterator[tuple[int, int]]:
+        """Runs (first page, page count) written since the mapping was made, joined across reads, in order."""
+        pending: tuple[int, int] | None = None
+        pages = self.size // PAGE
+        for first in range(0, pages, _ENTRIES_AT_ONCE):
+            for start, count in written_runs(
+                self._entries(first, min(_ENTRIES_AT_ONCE, pages - first)), first
+            ):
+                if pending is not None and pending[0] + pending[1] == start:
+                    pending = (pending[0], pending[1] + count)
+                    continue
+                if pending is not None:
+                    yield pending
+                pending = (start, count)
+        if pending is not None:
+            yield pending
+
+    def present_pages(self) -> bytearray:
+        """One byte a page: 1 where the process has the page mapped (read or written), else 0."""
+        pages = self.size // PAGE
+        present = bytearray(pages)
+        for first in range(0, pages, _ENTRIES_AT_ONCE):
+            for page, entry in enumerate(self._entries(first, min(_ENTRIES_AT_ONCE, pages - first)), first):
+                if entry >> 62:
+                    present[page] = 1
+        return present
+
+    def _entries(self, first: int, count: int) -> array[int]:
+        entries = array("Q")
+        entries.frombytes(os.pread(self._pagemap, count * 8, (self.address // PAGE + first) * 8))
+        if len(entries) != count:
+            raise OSError(5, "pagemap ended early: the process is gone or has unmapped its memory")
+        return entries
+
+    def read_into(self, offset: int, buffer: memoryview | bytearray) -> None:
+        """Fill `buffer` with the bytes at `offset` of the span."""
+        view = memoryview(buffer)
+        if offset < 0 or offset + len(view) > self.size:
+            raise ValueError("read outside the span")
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._mem, [view[done:]], self.address + offset + done)
+            if count == 0:
+                raise OSError(5, "memory ended early: the process is gone")
+            done += count
+
+    def close(self) -> None:
+        os.close(self._mem)
+        os.close(self._pagemap)
+
+    def __enter__(self) -> ProcessMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
