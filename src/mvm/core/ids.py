@@ -181,7 +181,9 @@ def _instance_parts(untrusted: object) -> tuple[str, str, int] | None:
         return None
     tenant, slash, rest = untrusted.partition("/")
     pool, hyphen, ordinal = rest.rpartition("-")
-    return (tenant, pool, int(ordinal)) if slash and hyphen and _ORDINAL.fullmatch(ordinal) else None
+    if not (slash and tenant and hyphen and pool) or "/" in rest or not _ORDINAL.fullmatch(ordinal):
+        return None
+    return tenant, pool, int(ordinal)
 
 
 def _suggest_instance(untrusted: object) -> str:

@@ -99,7 +99,10 @@ def _checked_net(untrusted: str) -> str:
     address, slash, prefix = untrusted.partition("/")
     if not slash or not re.fullmatch(r"0|[1-9][0-9]?", prefix) or int(prefix) > 32:
         raise _bad_egress(untrusted)
-    number, host_bits = addressing.parse_ipv4(address), 32 - int(prefix)
+    try:
+        number, host_bits = addressing.parse_ipv4(address), 32 - int(prefix)
+    except InvalidInput as error:
+        raise _bad_egress(untrusted) from error
     base = number >> host_bits << host_bits
     if base != number:
         raise InvalidInput(
