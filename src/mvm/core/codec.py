@@ -45,13 +45,21 @@ def _dec_hook(kind: type, value: Any) -> Any:
 
 
 def encode(value: Any) -> bytes:
-    """The canonical bytes of `value`, newline included."""
-    return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted") + b"\n"
+    """The canonical bytes of `value`, newline included. Raises InvalidInput for text that has no UTF-8 form."""
+    return encode_line(value) + b"\n"
 
 
 def encode_line(value: Any) -> bytes:
     """The canonical bytes without the newline, for digests and line formats."""
-    return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
+    try:
+        return msgspec.json.encode(value, enc_hook=_enc_hook, order="sorted")
+    except UnicodeEncodeError as error:
+        # Python gives command line bytes that are not UTF-8 as lone surrogates.
+        raise InvalidInput(
+            "a text is not valid Unicode",
+            details=f"{error.object[:80]!a}",
+            resolution="Use a UTF-8 locale, and names in UTF-8.",
+        ) from error
 
 
 def decode(

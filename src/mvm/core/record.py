@@ -228,9 +228,12 @@ def encode_record(record: InstanceRecord) -> bytes:
     return codec.encode(record)
 
 
-def decode_record(untrusted: bytes) -> InstanceRecord:
-    """Raises InvalidInput, and nothing else, whatever the bytes."""
-    return _consistent(
+def decode_record(untrusted: bytes, *, of: InstanceId | None = None) -> InstanceRecord:
+    """Raises InvalidInput, and nothing else, whatever the bytes.
+
+    `of`: whose record this must be, from the place it was read from; a file copied from elsewhere is refused.
+    """
+    record = _consistent(
         codec.decode(
             untrusted,
             InstanceRecord,
@@ -239,6 +242,13 @@ def decode_record(untrusted: bytes) -> InstanceRecord:
             resolution="Restore the file from a backup, or destroy the instance: mvm instance destroy",
         )
     )
+    if of is not None and record.id != of:
+        raise InvalidInput(
+            f"the instance's state is not valid: field `id`: it is the record of {record.id}, not of {of}",
+            details="The file was copied from another instance.",
+            resolution=f"Restore the file from a backup, or destroy the instance: mvm instance destroy {of}",
+        )
+    return record
 
 
 def _pending(record: InstanceRecord) -> Pending:

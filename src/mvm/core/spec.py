@@ -196,8 +196,12 @@ _ALLOWED: Final[dict[str, str]] = {
     "data_disk_mib": f"`data_disk_mib` is {limits.DATA_DISK_MIB_MIN} to {limits.DATA_DISK_MIB_MAX} MiB.",
     "flake_ref": f"`flake_ref` has 1 to {limits.FLAKE_REF_MAX} printable ASCII characters, no spaces, "
     "no hyphen first: a directory or a Nix flake reference such as github:owner/name.",
+    "pools.count": f"A pool has 0 to {limits.INSTANCES_PER_POOL} instances.",
     "sleep.idle_s": f"`idle_s` is {limits.IDLE_S_MIN} to {limits.IDLE_S_MAX} seconds, or null for never.",
 }
+
+
+_ALLOWED.update({f"pools.{name}": _ALLOWED[name] for name in ("vcpus", "mem_mib", "data_disk_mib")})
 
 
 def new_tenant(tenant: TenantId, flake_ref: str, **fields: Any) -> TenantSpec:
@@ -220,9 +224,16 @@ def encode_spec(spec: TenantSpec) -> bytes:
     return codec.encode(spec)
 
 
-def decode_spec(untrusted: bytes) -> TenantSpec:
-    """Raises InvalidInput, and nothing else, whatever the bytes."""
+def decode_spec(untrusted: bytes, *, of: TenantId | None = None) -> TenantSpec:
+    """Raises InvalidInput, and nothing else, whatever the bytes.
+
+    `of`: whose spec this must be, from the place it was read from; a file copied from elsewhere is refused.
+    """
     spec = codec.decode(untrusted, TenantSpec, limit=limits.SPEC_JSON_BYTES, what=_WHAT, allowed=_ALLOWED)
+    if of is not None and spec.id != of:
+        raise _invalid(
+            "id", f"it is the specification of {spec.id}, not of {of}", "Restore the file from a backup."
+        )
     return _cross_checked(spec)
 
 

@@ -142,6 +142,12 @@ def test_a_hostile_document_does_not_reach_the_terminal_raw() -> None:
     assert len(caught.value.brief) < 500
 
 
+def test_a_spec_copied_from_another_tenant_is_refused() -> None:
+    assert decode_spec(encode_spec(ACME), of=ACME.id) == ACME
+    with pytest.raises(InvalidInput, match="specification of acme, not of evil"):
+        decode_spec(encode_spec(ACME), of=TenantId("evil"))
+
+
 def test_an_unknown_pool_is_not_found() -> None:
     with pytest.raises(NotFound, match="no pool web"):
         ACME.pool(PoolId("web"))
