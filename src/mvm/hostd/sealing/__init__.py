@@ -5,12 +5,12 @@ Runs as: root, in hostd. Talks to: the files of one snapshot directory, and the 
 
     layout.py       headers, sizes, limits          chunks.py       dirty pages -> layers
     index.py        which layers make a chunk       compaction.py   which old segments to rewrite
-    records.py      compress and encrypt            commit.py       rename into place, recover, destroy
+    records.py      compress and encrypt            directory.py    commit, recover, destroy
     writer.py       SealWriter                      key_slot.py     the wrapped key, rotation
     reader.py       SealedImage                     working_set.py  what the last wake touched
 """
 
-from mvm.hostd.sealing.commit import bytes_on_disk, commit, destroy, recover
+from mvm.hostd.sealing.directory import bytes_on_disk, commit, destroy, recover
 from mvm.hostd.sealing.faults import FingerprintMismatch
 from mvm.hostd.sealing.key_slot import rewrap
 from mvm.hostd.sealing.layout import CHUNK, PAGE, SnapshotIdentity, render_fingerprint

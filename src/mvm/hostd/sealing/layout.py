@@ -214,4 +214,4 @@ def parse_key_file(untrusted: bytes) -> bytes:
 
 def wrap_context(instance: InstanceId, snapshot: SnapshotId) -> bytes:
     """What a wrapped snapshot key is bound to; the wrapping must authenticate it."""
-    return b"mvm sealed memory 1\0" + bytes.fromhex(snapshot) + instance.encode()
+    return f"snapshot/{snapshot}/{instance}".encode()

@@ -38,11 +38,21 @@ def spread(work: Sequence[T], threads: int, start: Callable[[], Callable[[T], No
             with lock:
                 errors.append(error)
 
-    extra = [threading.Thread(target=run, daemon=True) for _ in range(min(threads, len(work)) - 1)]
-    for thread in extra:
-        thread.start()
-    run()
-    for thread in extra:
-        thread.join()
+    extra: list[threading.Thread] = []
+    try:
+        for _ in range(min(threads, len(work)) - 1):
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            extra.append(thread)
+        run()
+    except BaseException as error:
+        errors.append(error)
+    while extra:
+        # Also after an interrupt: the caller is about to close what the threads write to.
+        try:
+            extra[-1].join()
+            extra.pop()
+        except BaseException as error:
+            errors.append(error)
     if errors:
         raise errors[0]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from mvm.core.errors import Conflict
 from mvm.hostd.sealing.layout import KEY_NAME
-from mvm.linux.files import TEMPORARY_PREFIX, fsync_dir, remove_tree, wipe
+from mvm.linux.files import TEMPORARY_PREFIX, fsync_dir, raise_if_full, remove_tree, wipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,19 +48,15 @@ def commit(new: Path, latest: Path) -> Path | None:
         raise Conflict(
             "a snapshot is committed from beside the one it replaces", details=f"{new} to {latest}"
         )
-    folder = latest.parent
-    if not os.path.lexists(latest):
-        os.rename(new, latest)
-        fsync_dir(folder)
-        return None
     try:
-        _exchange(new, latest)
+        if not os.path.lexists(latest):
+            os.rename(new, latest)
+            fsync_dir(latest.parent)
+            return None
+        return _replace(new, latest)
     except OSError as error:
-        if error.errno not in _CANNOT_EXCHANGE:
-            raise
-        return _commit_aside(new, latest)
-    fsync_dir(folder)
-    return new
+        raise_if_full(error, latest)
+        raise
 
 
 def recover(folder: Path) -> list[str]:
@@ -73,6 +69,10 @@ def recover(folder: Path) -> list[str]:
     if aside and not os.path.lexists(latest):
         os.rename(folder / aside[0], latest)
         fsync_dir(folder)
+    if os.path.lexists(latest):
+        for name in os.listdir(latest):
+            if name.startswith(TEMPORARY_PREFIX):
+                wipe(latest / name)  # of a rotation cut short: the key, wrapped
     removed = sorted(name for name in os.listdir(folder) if name != LATEST)
     for name in removed:
         destroy(folder / name)
@@ -103,12 +103,29 @@ def destroy(directory: Path) -> None:
 
 
 def bytes_on_disk(directory: Path) -> int:
-    """Bytes allocated for the files of a snapshot; segments shared with another count in both."""
-    with os.scandir(directory) as entries:
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+    """Bytes allocated for the files of a snapshot, 0 if there is none; what two snapshots share counts in both."""
+    total = 0
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+    except FileNotFoundError:  # a commit or a removal is under way
+        pass
+    return total
 
 
-def _commit_aside(new: Path, latest: Path) -> Path:
+def _replace(new: Path, latest: Path) -> Path:
+    try:
+        _exchange(new, latest)
+    except OSError as error:
+        if error.errno not in _CANNOT_EXCHANGE:
+            raise
+        return _replace_aside(new, latest)
+    fsync_dir(latest.parent)
+    return new
+
+
+def _replace_aside(new: Path, latest: Path) -> Path:
     old = latest.with_name(OLD_PREFIX + new.name.removeprefix(NEW_PREFIX))
     os.rename(latest, old)
     try:
