@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from mvm.core import addressing as net
 from mvm.core import limits
@@ -143,7 +143,9 @@ class AllocationsNeverReuse(RuleBasedStateMachine):
         assert net.decode_allocations(net.encode_allocations(self.now)) == self.now
 
 
-TestAllocationsNeverReuse = pytest.mark.req("N1")(AllocationsNeverReuse.TestCase)
+@pytest.mark.req("N1")
+def test_no_order_of_allocations_and_releases_gives_an_index_twice() -> None:
+    run_state_machine_as_test(AllocationsNeverReuse)
 
 
 @pytest.mark.req("N1")

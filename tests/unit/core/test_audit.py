@@ -140,6 +140,19 @@ def test_a_rewritten_log_needs_a_head_and_is_found_with_it(
 
 
 @pytest.mark.req("O2")
+def test_a_line_of_another_sound_log_in_the_same_place_is_found() -> None:
+    lines, _ = write([entry(), entry(), entry()])
+    others, _ = write([entry(detail="another past"), entry(), entry()])
+    assert "line 2: it does not follow" in refused([lines[0], *others[1:]]).brief
+
+
+@pytest.mark.req("O2")
+def test_a_well_linked_line_with_the_wrong_number_is_found() -> None:
+    line, _ = chain(Head(5, GENESIS), entry())
+    assert "line 1: entry 1 is missing" in refused([line]).brief
+
+
+@pytest.mark.req("O2")
 def test_the_same_meaning_in_other_bytes_is_an_edit() -> None:
     (line,), _ = write([entry()])
     spaced = json.dumps(json.loads(line)).encode() + b"\n"

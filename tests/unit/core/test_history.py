@@ -39,6 +39,14 @@ def test_the_last_ones_stay_listed_once_each_and_one_is_current(moves: list[tupl
 
 
 @pytest.mark.req("B6")
+def test_the_oldest_go_once_there_are_too_many() -> None:
+    count = limits.REVISIONS_LISTED + 5
+    history = after(*range(count))
+    assert history.entries == tuple(built(n) for n in range(5, count))
+    assert decode_history(encode_history(history)) == history
+
+
+@pytest.mark.req("B6")
 def test_rolling_back_and_forward_again() -> None:
     history = rollback(after(1, 2, 3), steps=2)
     assert history.current_entry() == built(1)

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from mvm.core.errors import Conflict, InvalidInput
 from mvm.core.ids import InstanceId, SnapshotId
@@ -126,7 +132,9 @@ class AnyLife(RuleBasedStateMachine):
             assert record.pending is not None or record.snapshot is None
 
 
-TestAnyLife = pytest.mark.req("L3")(AnyLife.TestCase)
+@pytest.mark.req("L3")
+def test_no_life_leads_to_a_record_that_contradicts_itself() -> None:
+    run_state_machine_as_test(AnyLife)
 
 
 @pytest.mark.req("L3")
