@@ -70,6 +70,10 @@ class TenantKey(Protocol):
         else."""
         ...
 
+    def close(self) -> None:
+        """Forget the key. Leaving the context does the same."""
+        ...
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
