@@ -109,6 +109,41 @@ def test_a_full_disk_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert contents(image) == data
 
 
+@pytest.mark.req("S1")
+def test_everything_is_synced_before_finish_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file after its last byte, then the directory that names them all."""
+    synced: dict[str, int] = {}
+    real = os.fsync
+
+    def recording(fd: int) -> None:
+        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    made = sleep(tmp_path / "a", everything(some_memory(2)), working_set=[1])
+    order = list(synced)
+    assert order[-1] == str(made.directory)
+    assert {name: synced[str(made.directory / name)] for name in os.listdir(made.directory)} == {
+        path.name: path.stat().st_size for path in made.directory.iterdir()
+    }
+
+
+@pytest.mark.req("S4", "K2")
+def test_the_wrapped_key_is_bound_to_instance_and_snapshot(tmp_path: Path) -> None:
+    contexts = []
+
+    def wrap(key: SecretBytes, context: bytes) -> bytes:
+        contexts.append(context)
+        return KEY.wrap(key, context)
+
+    who = identity()
+    with SealWriter(tmp_path / "a", who, wrap) as writer:
+        writer.write_pages(everything(some_memory(1)))
+        writer.write_state(b"")
+        writer.finish()
+    assert contexts == [f"snapshot/{who.snapshot}/acme/default-0".encode()]
+
+
 def test_an_error_of_the_source_is_passed_on(tmp_path: Path) -> None:
     class Broken(Memory):
         def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -393,3 +428,16 @@ def test_a_working_set_is_kept_in_order_and_carried_over(tmp_path: Path) -> None
     with third.open() as image:
         assert list(load_working_set(image)) == [2]
     assert not [name for name in os.listdir(first.directory) if name.startswith(".tmp-")]
+
+
+def test_an_authentic_but_impossible_working_set_is_nothing(tmp_path: Path) -> None:
+    from mvm.hostd.sealing.working_set import seal_working_set
+
+    with sleep(tmp_path / "a", everything(some_memory(4))).open() as image:
+        path = tmp_path / "a" / "working-set"
+        path.write_bytes(seal_working_set(image.working_set_box, [0, 3], 4))
+        assert list(load_working_set(image)) == [0, 3]
+        path.write_bytes(seal_working_set(image.working_set_box, [0, 4], 5))
+        assert list(load_working_set(image)) == []
+        path.write_bytes(b"MVMSEALW" + image.working_set_box.seal(b"123"))
+        assert list(load_working_set(image)) == []
