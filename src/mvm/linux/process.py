@@ -177,8 +177,14 @@ def start(
         pass_fds=tuple(pass_fds), env=clean_environment(env), start_new_session=new_session, umask=umask,
         user=uid, group=gid, extra_groups=list(groups) if drop else None,
     )  # fmt: skip
-    # An unreaped child keeps its number, so this cannot open a stranger.
-    pidfd = os.pidfd_open(popen.pid)
+    try:
+        # An unreaped child keeps its number, so this cannot open a stranger.
+        pidfd = os.pidfd_open(popen.pid)
+    except OSError:
+        # Out of descriptors: without a handle nobody would ever end it.
+        popen.kill()
+        popen.wait()
+        raise
     # From here the Child reaps. A Popen collected while "running" would enter subprocess's list of orphans
     # and be waited for behind our back by the next Popen.
     popen.returncode = 0

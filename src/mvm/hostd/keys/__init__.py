@@ -30,7 +30,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mvm.core.errors import IntegrityError
+from mvm.core.errors import IntegrityError, NotFound
 from mvm.linux.secret import SecretBytes
 
 if TYPE_CHECKING:
@@ -217,9 +217,20 @@ class LocalTenantKey:
 
 
 def unwrap(provider: KeyProvider, tenant: TenantId, blob: bytes, context: bytes) -> SecretBytes:
-    """Unwrap with whichever version of the tenant's key made the blob."""
-    with provider.tenant_key(tenant, parse_header(blob).key_version) as key:
-        return key.unwrap(blob, context)
+    """Unwrap with whichever version of the tenant's key made the blob.
+
+    NotFound if the tenant has no key at all. A blob that names a version the tenant does not have is
+    damaged, or outlived the version it needs: IntegrityError, as for any other blob that cannot be used.
+    """
+    version = parse_header(blob).key_version
+    try:
+        tenant_key = provider.tenant_key(tenant, version)
+    except NotFound:
+        if provider.versions(tenant):
+            raise _bad(f"it names key version {version}, which tenant {tenant} does not have") from None
+        raise
+    with tenant_key:
+        return tenant_key.unwrap(blob, context)
 
 
 def rewrap(provider: KeyProvider, tenant: TenantId, blob: bytes, context: bytes) -> bytes:

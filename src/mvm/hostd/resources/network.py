@@ -97,7 +97,13 @@ def check_link_name(name: str) -> str:
 
 def render_bridge(spec: BridgeSpec) -> nl.Request:
     """The request that creates the bridge, down and without address."""
-    data = nl.nested(nl.IFLA_INFO_DATA, nl.u32(nl.IFLA_BR_STP_STATE, 0), nl.u32(nl.IFLA_BR_FORWARD_DELAY, 0))
+    # Snooping off: with it the bridge itself joins a multicast group and says so to every guest.
+    data = nl.nested(
+        nl.IFLA_INFO_DATA,
+        nl.u32(nl.IFLA_BR_STP_STATE, 0),
+        nl.u32(nl.IFLA_BR_FORWARD_DELAY, 0),
+        nl.u8(nl.IFLA_BR_MCAST_SNOOPING, 0),
+    )
     body = nl.link(
         0,
         nl.text(nl.IFLA_IFNAME, check_link_name(spec.name)),

@@ -1,0 +1,256 @@
+"""Data disks, opened by QEMU's own tools."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mvm.core.errors import CommandFailed, Conflict, IntegrityError, InvalidInput, NotFound, ResourceExhausted
+from mvm.core.ids import InstanceId
+from mvm.hostd.keys.development import DevelopmentKeyProvider
+from mvm.hostd.resources import luks1, volume
+from mvm.linux import files, memfd, process
+from mvm.linux.secret import SecretBytes
+
+ACME = InstanceId("acme", "default", 0)
+SIZE = 8 << 20
+
+needs_qemu = pytest.mark.skipif(process.find_program("qemu-io") is None, reason="needs qemu-io (qemu-utils)")
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> DevelopmentKeyProvider:
+    provider = DevelopmentKeyProvider(tmp_path / "state")
+    provider.create(ACME.tenant).close()
+    return provider
+
+
+@pytest.fixture
+def image(tmp_path: Path, provider: DevelopmentKeyProvider) -> Path:
+    (tmp_path / "volumes").mkdir()
+    path = tmp_path / "volumes" / volume.IMAGE_NAME
+    volume.create(path, SIZE, provider, ACME)
+    return path
+
+
+def qemu_io(image: Path, secret: int, *commands: str) -> bytes:
+    argv = [
+        "qemu-io", "--object", f"secret,id=k,file={memfd.proc_path(secret)}", "--image-opts",
+        f"driver=luks,key-secret=k,file.driver=file,file.filename={image}",
+    ]  # fmt: skip
+    for command in commands:
+        argv += ["-c", command]
+    done = process.run(argv, pass_fds=[secret], timeout=30)
+    if b"failed" in done.stdout:  # qemu-io's status says nothing about a pattern that differs
+        raise CommandFailed("qemu-io", details=done.stdout.decode())
+    return done.stdout
+
+
+@needs_qemu
+@pytest.mark.req("K1", "S3")
+def test_qemu_writes_no_plain_text_and_reads_it_back(image: Path, provider: DevelopmentKeyProvider) -> None:
+    secret = volume.open_key(image, provider, ACME)
+    try:
+        qemu_io(image, secret, "write -P 0x4d 1M 256k")
+        assert b"\x4d" * 64 not in image.read_bytes()
+        qemu_io(image, secret, "read -P 0x4d 1M 256k", "read -v 0 512")
+        with pytest.raises(CommandFailed):
+            qemu_io(image, secret, "read -P 0x4e 1M 256k")
+    finally:
+        os.close(secret)
+
+
+@needs_qemu
+@pytest.mark.req("K1")
+def test_qemu_refuses_another_key(image: Path, provider: DevelopmentKeyProvider) -> None:
+    with SecretBytes.from_random(32) as other, volume.passphrase(other) as phrase:
+        secret = memfd.of_bytes("k", phrase.view())
+    try:
+        with pytest.raises(CommandFailed, match="exited") as caught:
+            qemu_io(image, secret, "read 0 512")
+        assert "Invalid password" in caught.value.details
+    finally:
+        os.close(secret)
+
+
+@needs_qemu
+@pytest.mark.req("K1")
+def test_qemu_describes_the_header_as_written(image: Path) -> None:
+    import json
+
+    argv = ["qemu-img", "info", "--output", "json", str(image)]
+    info = json.loads(process.run(argv, timeout=30).stdout)
+    assert (info["format"], info["virtual-size"], info["encrypted"]) == ("luks", SIZE, True)
+    data = info["format-specific"]["data"]
+    assert [data[k] for k in ("cipher-alg", "cipher-mode", "hash-alg", "payload-offset")] == [
+        "aes-256", "xts", "sha256", luks1.PAYLOAD_OFFSET,
+    ]  # fmt: skip
+    assert [slot["active"] for slot in data["slots"]] == [True] + [False] * 7
+    assert data["slots"][0]["stripes"] == luks1.STRIPES
+
+
+@pytest.mark.root
+@pytest.mark.req("K1")
+@pytest.mark.skipif(process.find_program("cryptsetup") is None, reason="needs cryptsetup")
+def test_cryptsetup_takes_the_key_too(image: Path, provider: DevelopmentKeyProvider) -> None:
+    secret = volume.open_key(image, provider, ACME)
+    try:
+        argv = ["cryptsetup", "open", "--test-passphrase", "--key-file", memfd.proc_path(secret), str(image)]
+        process.run(argv, pass_fds=[secret], timeout=30)
+    finally:
+        os.close(secret)
+
+
+@pytest.mark.req("K1", "K2")
+def test_the_disk_is_sparse_and_the_key_wrapped(image: Path, provider: DevelopmentKeyProvider) -> None:
+    assert image.stat().st_size == SIZE + luks1.PAYLOAD_OFFSET
+    assert image.stat().st_blocks * 512 < 1 << 20
+    assert stat.S_IMODE(image.stat().st_mode) == 0o600
+    secret = volume.open_key(image, provider, ACME)
+    phrase = os.pread(secret, 100, 0)
+    assert memfd.seals(secret) == memfd.SEAL_ALL
+    os.close(secret)
+    assert len(phrase) == 64
+    stored = volume.key_path(image).read_bytes() + image.read_bytes()
+    assert phrase not in stored
+    assert bytes.fromhex(phrase.decode()) not in stored
+    assert sorted(os.listdir(image.parent)) == [volume.IMAGE_NAME, volume.KEY_NAME]
+
+
+@pytest.mark.req("S4", "K1")
+def test_the_key_of_another_instance_is_refused(image: Path, provider: DevelopmentKeyProvider) -> None:
+    with pytest.raises(IntegrityError):
+        volume.open_key(image, provider, InstanceId("acme", "default", 1))
+    provider.create(InstanceId("other", "default", 0).tenant).close()
+    with pytest.raises(IntegrityError):
+        volume.open_key(image, provider, InstanceId("other", "default", 0))
+
+
+@pytest.mark.req("K1")
+def test_damage_is_refused(image: Path, provider: DevelopmentKeyProvider) -> None:
+    good = volume.key_path(image).read_bytes()
+    for bad in (b"", good[:-1], good + b"x", b"x" * 5000, good[:-1] + bytes([good[-1] ^ 1])):
+        volume.key_path(image).write_bytes(bad)
+        with pytest.raises(IntegrityError):
+            volume.open_key(image, provider, ACME)
+    volume.key_path(image).unlink()
+    with pytest.raises(NotFound):
+        volume.open_key(image, provider, ACME)
+    volume.key_path(image).write_bytes(good)
+    os.truncate(image, 1000)
+    with pytest.raises(IntegrityError):
+        volume.open_key(image, provider, ACME)
+
+
+@needs_qemu
+@pytest.mark.req("K4")
+def test_rotation_rewraps_without_touching_the_disk(image: Path, provider: DevelopmentKeyProvider) -> None:
+    before = image.read_bytes()
+    provider.rotate(ACME.tenant).close()
+    assert volume.rewrap(image, provider, ACME)
+    assert not volume.rewrap(image, provider, ACME)
+    provider.retire(ACME.tenant, 2)
+    secret = volume.open_key(image, provider, ACME)
+    try:
+        qemu_io(image, secret, "read 0 512")
+    finally:
+        os.close(secret)
+    assert image.read_bytes() == before
+
+
+@needs_qemu
+def test_growing_keeps_what_is_there(image: Path, provider: DevelopmentKeyProvider) -> None:
+    secret = volume.open_key(image, provider, ACME)
+    try:
+        qemu_io(image, secret, "write -P 0x21 7M 1M")
+        volume.grow(image, 2 * SIZE)
+        assert volume.payload_size(image) == 2 * SIZE
+        qemu_io(image, secret, "read -P 0x21 7M 1M", "write -P 0x22 15M 1M")
+    finally:
+        os.close(secret)
+    with pytest.raises(Conflict):
+        volume.grow(image, SIZE)
+
+
+@pytest.mark.req("L7", "S6")
+def test_wipe_takes_the_key_first(
+    image: Path, monkeypatch: pytest.MonkeyPatch, provider: DevelopmentKeyProvider
+) -> None:
+    order: list[str] = []
+    real = files.wipe
+
+    def spy(path: Path) -> None:
+        order.append(path.name)
+        real(path)
+
+    monkeypatch.setattr(files, "wipe", spy)
+    witness = image.parent.parent / "witness"
+    os.link(image, witness)
+    volume.wipe(image)
+    assert order == [volume.KEY_NAME, volume.IMAGE_NAME]
+    assert os.listdir(image.parent) == []
+    assert witness.read_bytes() == bytes(SIZE + luks1.PAYLOAD_OFFSET)
+    volume.wipe(image)
+    with pytest.raises(NotFound):
+        volume.open_key(image, provider, ACME)
+
+
+@pytest.mark.req("L3", "L4")
+@pytest.mark.parametrize("step", ["ftruncate", "fsync", "rename"])
+def test_a_crash_leaves_no_half_disk(
+    tmp_path: Path, provider: DevelopmentKeyProvider, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A child dies at the step; the next creation succeeds and leaves nothing of the first."""
+    path = tmp_path / "v" / volume.IMAGE_NAME
+    path.parent.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        real = getattr(os, step)
+
+        def die(*args: object, **kwargs: object) -> object:
+            # Not at the key's own write, which comes before.
+            if volume.key_path(path).exists():
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        setattr(os, step, die)
+        volume.create(path, SIZE, provider, ACME)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not path.exists()
+    volume.create(path, SIZE, provider, ACME)
+    os.close(volume.open_key(path, provider, ACME))
+    files.sweep_temporaries(path.parent)
+    assert sorted(os.listdir(path.parent)) == [volume.IMAGE_NAME, volume.KEY_NAME]
+
+
+@pytest.mark.req("K1")
+def test_bad_requests_change_nothing(image: Path, provider: DevelopmentKeyProvider) -> None:
+    key = volume.key_path(image).read_bytes()
+    with pytest.raises(Conflict):
+        volume.create(image, SIZE, provider, ACME)
+    other = image.with_name("other") / volume.IMAGE_NAME
+    other.parent.mkdir()
+    for size in (0, -1, 1 << 20 | 1):
+        with pytest.raises(InvalidInput):
+            volume.create(other, size, provider, ACME)
+    with pytest.raises(ResourceExhausted) as caught:
+        volume.create(other, 1 << 60, provider, ACME)
+    assert "MiB free" in caught.value.brief
+    assert os.listdir(other.parent) == []
+    assert volume.key_path(image).read_bytes() == key
+
+
+def test_the_split_merges_back() -> None:
+    """The specification's merge, written the other way round."""
+    with SecretBytes.from_random(luks1.KEY_BYTES) as key:
+        stripes = os.urandom(luks1.KEY_BYTES * (luks1.STRIPES - 1))
+        whole = bytes(luks1.split(key, stripes))
+        assert whole[: len(stripes)] == stripes
+        state = bytes(luks1.KEY_BYTES)
+        for at in range(0, len(stripes), luks1.KEY_BYTES):
+            state = luks1._diffuse(bytes(a ^ b for a, b in zip(state, whole[at:], strict=False)))
+        assert bytes(a ^ b for a, b in zip(state, whole[len(stripes) :], strict=True)) == bytes(key.view())
