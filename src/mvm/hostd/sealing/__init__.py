@@ -1,7 +1,8 @@
 """Sealed memory: a sleeping guest's RAM and device state, encrypted as they are written.
 
-Runs as: root, in hostd. Talks to: the files of one snapshot directory, and the tenant's key through `wrap` and
-`unwrap`. May never: let plain text reach a file, or hand out bytes that are not authentic and of this snapshot.
+Runs as: root, in hostd. Talks to: the files of one snapshot directory, and the tenant's key through `wrap`
+and `unwrap`. May never: let plain text reach a file, or hand out bytes that are not authentic and of this
+snapshot.
 
     layout.py       headers, sizes, limits          chunks.py       dirty pages -> layers
     index.py        which layers make a chunk       compaction.py   which old segments to rewrite

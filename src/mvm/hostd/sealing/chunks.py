@@ -87,7 +87,7 @@ class ChunkSealer:
         self._buffer[:] = _ZERO_CHUNK
 
     def _left_below(self, chunk: int, dirty: int) -> list[Layer]:
-        """The parent's layers that still show something. The new segment is number 0, so theirs move up by one."""
+        """The parent's layers that still show something, their segment numbers moved up by the new one."""
         if self._parent is None:
             return []
         left = [layer for layer in self._parent.index.layers(chunk) if layer.cover & ~dirty]

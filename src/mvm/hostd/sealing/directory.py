@@ -62,7 +62,8 @@ def commit(new: Path, latest: Path) -> Path | None:
 def recover(folder: Path) -> list[str]:
     """Undo or finish what a crash interrupted in a `snapshots` directory; names of what was removed.
 
-    Nobody else may be writing there. Afterwards it holds `latest` or nothing.
+    Nobody else may be writing there, nor a guest run from anything but `latest`. Afterwards the directory
+    holds `latest` or nothing.
     """
     latest = folder / LATEST
     aside = sorted(name for name in os.listdir(folder) if name.startswith(OLD_PREFIX))
@@ -82,7 +83,8 @@ def recover(folder: Path) -> list[str]:
 def destroy(directory: Path) -> None:
     """Remove a snapshot for good: its key first, overwritten and synced, then the rest. Absent is done.
 
-    Segments that another snapshot links to are only unlinked; the others are overwritten, best effort. An
+    Segments that another snapshot links to are only unlinked; the others are overwritten, best effort, also
+    under an image that is still open: the guest that reads from it must be gone. An
     interrupted call can be repeated. What is not a snapshot is removed like any tree.
     """
     if directory.is_symlink() or not directory.is_dir():
@@ -103,7 +105,7 @@ def destroy(directory: Path) -> None:
 
 
 def bytes_on_disk(directory: Path) -> int:
-    """Bytes allocated for the files of a snapshot, 0 if there is none; what two snapshots share counts in both."""
+    """Bytes allocated for the files of a snapshot, 0 if there is none; what two share counts in both."""
     total = 0
     try:
         with os.scandir(directory) as entries:

@@ -13,7 +13,7 @@ All integers are little-endian. Guest memory is an array of 4 KiB pages, grouped
     32  16 snapshot id                           ciphertext then 16 tag        8      sealed box
     48  I  instance id, tenant/pool-n
     48+I F fingerprint                    sealed box: 12 nonce, ciphertext, 16 tag
-    48+I+F sealed box: the index (index.py)
+    48+I+F sealed box: the index (index.py)   in the box of state: 1 codec, 4 size, the state as the codec says
 
 The manifest's bytes before its sealed box are its header. SHA-256 of that header is the associated data of
 the three sealed boxes, so none of them can serve another tenant, instance, snapshot, size or fingerprint.

@@ -84,7 +84,8 @@ class SealWriter:
 
     `wrap(key, context)` wraps the snapshot key under the tenant's key. `parent` is the open image the guest
     was woken from (it stays the caller's), None after a cold boot. ResourceExhausted: the disk is full.
-    Conflict: `directory` exists. IntegrityError: the parent is damaged where it was needed.
+    Conflict: `directory` exists. IntegrityError: the parent is damaged where it was needed; a sleep without
+    it, from a source that calls every page dirty, still can succeed.
     """
 
     def __init__(
