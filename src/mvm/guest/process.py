@@ -6,6 +6,7 @@ directory and a user, which posix_spawn cannot give. Every descriptor of the age
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # built in; `signal` would load enum
 import errno
 import fcntl
 import os
@@ -19,6 +20,7 @@ SIGHUP = 1
 SIGKILL = 9
 SIGTERM = 15
 SIGCONT = 18
+SIGSTOP = 19
 TIOCSCTTY = 0x540E
 TIOCSWINSZ = 0x5414
 PATH = "/run/current-system/sw/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -128,11 +130,13 @@ def _child(
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in fds]
         for target, fd in enumerate(high):
             os.dup2(fd, target)
-        import _signal  # type: ignore[import-not-found]  # built in; `signal` would load enum
 
-        # Python ignores these, and an ignored signal stays ignored across exec.
-        _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
-        _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)
+        # An ignored signal stays ignored across exec: Python ignores SIGPIPE, and whoever started the agent may have
+        # ignored more (a shell does so with SIGINT for its background jobs).
+        for number in range(1, 32):
+            if number not in (SIGKILL, SIGSTOP):
+                _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         os.umask(0o022)
         protect(0)
         if user is not None and (user.uid or user.gid or user.name != "root"):
