@@ -116,7 +116,7 @@ class Store:
                 details=f"Looked in {self.tenants_dir}.",
                 resolution="List them with: mvm tenant list. Create one with: mvm tenant create",
             ) from None
-        return decode_spec(data)
+        return decode_spec(data, of=tenant)
 
     def save_spec(self, spec: TenantSpec) -> None:
         ensure_dir(self.tenant_dir(spec.id))
@@ -185,7 +185,7 @@ class Store:
                 details="It was never started, or it was destroyed.",
                 resolution=f"Start it with: mvm tenant run {instance.tenant}",
             ) from None
-        return decode_record(data)
+        return decode_record(data, of=instance)
 
     def save_record(self, record: InstanceRecord) -> None:
         path = self.instance_paths(record.id).state

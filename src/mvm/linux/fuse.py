@@ -158,7 +158,7 @@ class FileServer:
             raise OSError(errno.EOPNOTSUPP, "no holes can be punched")
         raise OSError(errno.ENOSYS, "not implemented")
 
-    def store(self, offset: int, data: bytes | memoryview) -> None:
+    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Place page-aligned `data` in the kernel's cache of the file, as if it had been read.
 
         Must not run on the only thread that serves: the kernel may wait for a page that a pending read holds.

@@ -11,9 +11,8 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from mvm.core.errors import Busy
+from mvm.core.record import ProcessIdentity
 from mvm.linux import machine
 from mvm.linux.process import wait_readable
 
@@ -21,14 +20,6 @@ if TYPE_CHECKING:
     from typing import Literal
 
 _KILL_WAIT_S = 10.0
-
-
-class ProcessIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One process, ever. `start_ticks`: clock ticks from boot to its start (field 22 of /proc/PID/stat)."""
-
-    pid: int
-    start_ticks: int
-    boot_id: str
 
 
 def parse_stat(text: str) -> tuple[str, int]:
@@ -51,7 +42,7 @@ def _read_stat(pid: int) -> tuple[str, int] | None:
 def identify(pid: int) -> ProcessIdentity | None:
     """The identity of a running process, None if there is none. Ask while the pid is known to be yours."""
     seen = _read_stat(pid)
-    return None if seen is None else ProcessIdentity(pid, seen[1], machine.boot_id())
+    return None if seen is None else ProcessIdentity(pid=pid, start_ticks=seen[1], boot_id=machine.boot_id())
 
 
 def is_alive(identity: ProcessIdentity) -> bool:

@@ -1,0 +1,126 @@
+"""From a plan to a machine: open everything a VMM is started with, and close it again afterwards.
+
+What is opened here is handed to the VMM as descriptors and closed on our side; the tap, the passphrase and the secrets
+then live exactly as long as the VMM does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mvm.core.errors import MissingPrerequisite, NotFound, ResourceExhausted
+from mvm.core.fc_config import FcPaths, overlay_fc_config
+from mvm.core.limits import FC_CONFIG_BYTES
+from mvm.core.plan import InstancePlan
+from mvm.core.revision import FC_BASE, INITRD, KERNEL, ROOTFS, Revision, decode_revision
+from mvm.hostd.keys import KeyProvider
+from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
+from mvm.hostd.store import InstancePaths, Store
+from mvm.hostd.vmm.driver import Drive, Machine, Nic
+from mvm.linux.files import read_bounded, write_atomic
+from mvm.linux.machine import memory_available
+
+_REVISION_BYTES = 1 << 20
+# What a VMM needs beside the guest's memory: its own code, translation buffers, page tables.
+_OVERHEAD_MIB = 128
+
+
+def load_revision(store: Store, plan: InstancePlan) -> Revision:
+    """The plan's revision. NotFound with what to do where it is gone."""
+    try:
+        return decode_revision(
+            read_bounded(store.revisions_dir / plan.revision / "revision.json", _REVISION_BYTES)
+        )
+    except FileNotFoundError:
+        raise NotFound(
+            f"revision {plan.revision[:12]} is not on this node",
+            details=f"Looked in {store.revisions_dir}.",
+            resolution=f"Build it again with: mvm tenant build {plan.instance.tenant}",
+        ) from None
+
+
+def require_memory(plan: InstancePlan) -> None:
+    """ResourceExhausted unless the host has the guest's memory to give now."""
+    free = memory_available() >> 20
+    if free < plan.mem_mib + _OVERHEAD_MIB:
+        raise ResourceExhausted(
+            f"not enough memory for {plan.instance}",
+            details=f"It needs {plan.mem_mib + _OVERHEAD_MIB} MiB with its VMM; {free} MiB are available.",
+            resolution="Put other instances to sleep (mvm tenant sleep), or give this one less memory.",
+        )
+
+
+@contextmanager
+def assemble(store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision) -> Iterator[Machine]:
+    """The machine of `plan`. Makes the data disk at the first start and the tenant's bridge where it is missing."""
+    paths = store.instance_paths(plan.instance)
+    paths.make()
+    net = plan.network
+    if not os.path.exists("/dev/net/tun"):
+        raise MissingPrerequisite(
+            "this host has no /dev/net/tun", details="No tap can be made.", resolution="modprobe tun"
+        )
+    with ExitStack() as opened:
+
+        def owned(fd: int) -> int:
+            opened.callback(os.close, fd)
+            return fd
+
+        if not paths.data_disk.exists():
+            volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
+        key_fd = owned(volume.open_key(paths.data_disk, keys, plan.instance))
+        tenant = plan.instance.tenant
+        secrets = secrets_store.load(store.tenant_dir(tenant) / "secrets.sealed", keys, tenant)
+        try:
+            secrets_fd = owned(secrets_disk.build(secrets))
+        finally:
+            secrets_store.wipe_all(secrets)
+        network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
+        tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
+        folder = store.revisions_dir / plan.revision
+        yield Machine(
+            name=plan.instance.vm_name,
+            vcpus=plan.vcpus,
+            mem_mib=plan.mem_mib,
+            kernel=folder / KERNEL,
+            initrd=folder / INITRD,
+            boot_args=_final_config(paths, plan, folder),
+            drives=(
+                Drive("rootfs", str(folder / ROOTFS), read_only=True),
+                Drive("data", str(paths.data_disk), read_only=False, key_fd=key_fd),
+                Drive("secrets", f"/proc/self/fd/{secrets_fd}", read_only=True),
+            ),
+            nic=Nic(net.mac, tap),
+            uid=plan.uid,
+            gid=plan.gid,
+            runtime=paths.runtime,
+            artifact_hashes=tuple(sorted(revision.sha256.items())),
+        )
+
+
+def _final_config(paths: InstancePaths, plan: InstancePlan, folder: Path) -> str:
+    """Write `fc.final.json` (the base configuration of the flake with this run's values), return its boot arguments.
+
+    Every VMM boots from this one document, so what it says is what ran. Its paths are the host's.
+    """
+    base = json.loads(read_bounded(folder / FC_BASE, FC_CONFIG_BYTES))
+    config = overlay_fc_config(
+        base,
+        plan,
+        FcPaths(
+            kernel=str(folder / KERNEL),
+            initrd=str(folder / INITRD),
+            rootfs=str(folder / ROOTFS),
+            data=str(paths.data_disk),
+            secrets="secrets",
+            vsock=str(paths.runtime / "vsock.sock"),
+            log=str(paths.vmm_log),
+            metrics=str(paths.metrics / "vmm.json"),
+        ),
+    )
+    write_atomic(paths.fc_config, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    return str(config["boot-source"]["boot_args"])

@@ -1,0 +1,120 @@
+"""`Host`: the executor in this process, holding the instance's lock around every verb."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mvm.core import record as records
+from mvm.core.errors import Conflict, NotFound
+from mvm.core.ids import InstanceId
+from mvm.core.lifecycle import Action, State, command_for
+from mvm.core.plan import InstancePlan, check_plan
+from mvm.core.record import InstanceRecord
+from mvm.hostd.guest_channel import GuestChannel, acquire_session_port, connect
+from mvm.hostd.keys import KeyProvider
+from mvm.hostd.operations.context import ANSWER_S, Context
+from mvm.hostd.operations.sleep import sleep
+from mvm.hostd.operations.start import start
+from mvm.hostd.operations.stop import destroy, stop
+from mvm.hostd.operations.wake import wake
+from mvm.hostd.recovery import recover
+from mvm.hostd.stopwatch import Stopwatch
+from mvm.hostd.store import LOCK_WAIT_S, Store
+from mvm.hostd.vmm.driver import Driver
+from mvm.linux.files import locked
+from mvm.wire.executor import Progress, no_progress
+
+
+def no_fault(step: str) -> None:
+    """Nothing fails on purpose outside of tests."""
+
+
+class Host:
+    """Implements `mvm.wire.executor.Executor`. `fault` is told every step's name and may end the process there."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: KeyProvider,
+        driver: Driver,
+        *,
+        fault: Callable[[str], None] = no_fault,
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._driver = driver
+        self._fault = fault
+
+    def create_instance(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
+        check_plan(plan)
+        with self._instance(plan.instance, progress, plan) as context:
+            start(context, plan)
+            return context.record
+
+    def sleep_instance(self, instance: InstanceId, progress: Progress = no_progress) -> InstanceRecord:
+        with self._instance(instance, progress) as context:
+            sleep(context)
+            return context.record
+
+    def wake_instance(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
+        check_plan(plan)
+        with self._instance(plan.instance, progress) as context:
+            wake(context, plan)
+            return context.record
+
+    def stop_instance(self, instance: InstanceId, progress: Progress = no_progress) -> InstanceRecord:
+        with self._instance(instance, progress) as context:
+            stop(context)
+            return context.record
+
+    def destroy_instance(
+        self, instance: InstanceId, *, wipe_volumes: bool, progress: Progress = no_progress
+    ) -> None:
+        try:
+            with self._instance(instance, progress) as context:
+                destroy(context, wipe_volumes=wipe_volumes)
+        except NotFound:
+            return
+
+    def inspect_instance(self, instance: InstanceId) -> InstanceRecord:
+        with self._instance(instance, no_progress) as context:
+            return context.record
+
+    @contextmanager
+    def channel(self, instance: InstanceId) -> Iterator[GuestChannel]:
+        """A session with the guest of a running instance. Conflict if it does not run, Busy if all ports are taken."""
+        record = self.inspect_instance(instance)
+        if record.state is not State.RUNNING:
+            verb = Action.WAKE if record.state is State.SLEEPING else Action.RUN
+            raise Conflict(
+                f"{instance} is {record.state}",
+                details="Only a running guest can be talked to.",
+                resolution=f"{verb.value.capitalize()} it first: {command_for(verb, instance)}",
+            )
+        lease = acquire_session_port(self._store.instance_paths(instance).runtime)
+        with connect(lease.socket, lease=lease, deadline=time.monotonic() + ANSWER_S) as channel:
+            yield channel
+
+    @contextmanager
+    def _instance(
+        self, instance: InstanceId, progress: Progress, plan: InstancePlan | None = None
+    ) -> Iterator[Context]:
+        """The instance under its lock, recovered. With `plan` it is created where there is no record yet."""
+        paths = self._store.instance_paths(instance)
+        if plan is not None:
+            paths.make()
+        elif not paths.state.exists():
+            self._store.load_record(instance)  # raises, and says what to do
+        with locked(paths.lock, wait=LOCK_WAIT_S):
+            try:
+                record = self._store.load_record(instance)
+            except NotFound:
+                if plan is None:
+                    raise
+                record = records.new_record(instance, plan.network, now_ns=time.time_ns())
+                self._store.save_record(record)
+            context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)
+            recover(context)
+            yield context

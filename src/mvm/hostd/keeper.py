@@ -1,0 +1,303 @@
+"""The keeper: one small process per awake VM, parent of its VMM.
+
+It exists so that a VM depends on no command and no daemon of ours, and leaves nothing behind:
+
+- it starts the VMM as the instance's uid, without privileges to gain, and hands it descriptors under fixed numbers;
+- it drains the guest's console into a log of bounded size (a guest can write for ever; the disk is not its to fill);
+- it serves the pages of a woken VM (`serve`), so the key of one snapshot is in one process and dies with it;
+- when the VMM ends it writes `vmm.exit` (the wait status in decimal) into the runtime directory, and ends itself;
+- both hold a lock on `runtime/alive` from before the fork, so the kernel can say whether anything of a VM is left
+  (`anything_left`), whatever became of the command that started it;
+- when the keeper dies, the VMM gets SIGKILL (PR_SET_PDEATHSIG), and a page it waits for fails instead of hanging.
+
+It is forked, not executed: at a wake, starting another interpreter would take longer than reading the guest's memory.
+So the caller must have a single thread at that moment. The child closes every descriptor but those it is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mvm.core.errors import Busy, Conflict, VmmError
+from mvm.core.record import ProcessIdentity
+from mvm.linux.files import write_atomic
+from mvm.linux.pidfd import identify
+from mvm.linux.process import clean_environment, wait_readable
+
+CONSOLE_LOG_BYTES = 1 << 20
+"""Size at which console.log becomes console.log.1; so the two together are at most twice this."""
+EXIT_FILE = "vmm.exit"
+ALIVE_FILE = "alive"
+ALIVE_FD = 7
+"""The lock's descriptor in the VMM, which holds it without knowing."""
+_START_TIMEOUT_S = 20.0
+_NAME = b"mvm-keeper"
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 1, 4, 15, 38
+
+# A terminal's signals are meant for the command that started the VM, not for the VM.
+_NOT_FOR_US = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Program(msgspec.Struct, frozen=True):
+    """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors."""
+
+    argv: Sequence[str]
+    fds: Mapping[int, int]
+    uid: int
+    gid: int
+    groups: Sequence[int]
+
+
+def launch(
+    program: Program,
+    *,
+    runtime: Path,
+    console: socket.socket,
+    errors: Path,
+    serve: Callable[[], None] | None = None,
+    keep: Sequence[int] = (),
+) -> tuple[ProcessIdentity, ProcessIdentity]:
+    """Fork a keeper, which starts `program`. Returns (VMM, keeper).
+
+    `console`: our end of the guest's console. `errors`: file that gets the VMM's own stderr. `keep`: descriptors that
+    `serve` needs. Raises VmmError if the program could not be executed.
+    """
+    alive = _take_alive(runtime)
+    ready, tell = os.pipe2(os.O_CLOEXEC)
+    first = os.fork()
+    if first == 0:
+        # Twice forked: the keeper's parent is init, which reaps it; the caller has no child to look after.
+        try:
+            os.close(ready)
+            os.setsid()
+            if os.fork() == 0:
+                _keeper(program, runtime, console, errors, serve, keep, tell, alive)
+        finally:
+            os._exit(0)
+    os.close(tell)
+    os.close(alive)
+    os.waitpid(first, 0)
+    try:
+        if not wait_readable(ready, _START_TIMEOUT_S):
+            raise VmmError("the VM's keeper did not start", details=f"Waited {_START_TIMEOUT_S:g} s.")
+        told = os.read(ready, 4096).decode("utf-8", "replace")
+    finally:
+        os.close(ready)
+    kind, _, rest = told.partition(" ")
+    if kind != "ok":
+        raise VmmError(
+            "the VMM could not be started",
+            details=rest or "its keeper died",
+            resolution=f"See {errors}.",
+        )
+    vmm_pid, keeper_pid = (int(number) for number in rest.split())
+    vmm, keeper = identify(vmm_pid), identify(keeper_pid)
+    if vmm is None or keeper is None:
+        raise VmmError("the VMM ended at once", details=_tail(errors), resolution=f"See {errors}.")
+    return vmm, keeper
+
+
+def _take_alive(runtime: Path) -> int:
+    fd = os.open(runtime / ALIVE_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+    except BlockingIOError:
+        os.close(fd)
+        raise Conflict(
+            "a VM of this instance is there already",
+            details=f"{runtime / ALIVE_FILE} is locked.",
+            resolution="Any command on the instance recovers it; run the command again.",
+        ) from None
+    return fd
+
+
+def anything_left(runtime: Path) -> int | None:
+    """Whether a keeper or a VMM of this runtime directory exists: the keeper's pid (0: not told yet), or None."""
+    try:
+        fd = os.open(runtime / ALIVE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return int(os.pread(fd, 32, 0) or b"0")
+    finally:
+        os.close(fd)
+
+
+def end_leftovers(runtime: Path, *, wait_s: float = 10.0) -> bool:
+    """SIGKILL whatever `anything_left` finds, and wait until it is gone; False if there was nothing.
+
+    The pid cannot have been reused: while the lock is held by that keeper it is alive, and when it is not, the VMM
+    that still holds the lock has its death signal already.
+    """
+    found = anything_left(runtime)
+    if found is None:
+        return False
+    deadline = time.monotonic() + wait_s
+    while (found := anything_left(runtime)) is not None:
+        if found > 0 and _is_keeper(found):
+            try:
+                os.kill(found, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if time.monotonic() > deadline:
+            raise Busy(
+                "a VM of this instance does not end",
+                details=f"{runtime / ALIVE_FILE} is still locked after {wait_s:g} s.",
+                resolution=f"Look at who holds it: fuser -v {runtime / ALIVE_FILE}",
+            )
+        time.sleep(0.002)
+    return True
+
+
+def _is_keeper(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return file.read().strip() == _NAME
+    except OSError:
+        return False
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read()[-2000:].decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _keeper(
+    program: Program,
+    runtime: Path,
+    console: socket.socket,
+    errors: Path,
+    serve: Callable[[], None] | None,
+    keep: Sequence[int],
+    tell: int,
+    alive: int,
+) -> None:
+    """The keeper's whole life. Never returns to the caller's code."""
+    try:
+        for ignored in _NOT_FOR_US:
+            signal.signal(ignored, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        _libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+        os.pwrite(alive, str(os.getpid()).encode(), 0)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        null = os.open("/dev/null", os.O_RDWR)
+        stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        pid = os.fork()
+        if pid == 0:
+            _become(program, null, stderr, alive)
+        pidfd = os.pidfd_open(pid)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        _close_all_but({0, 1, 2, tell, alive, pidfd, console.fileno(), *keep})
+        os.chdir("/")
+        if serve is not None:
+            for _ in range(2):  # one thread may wait for a chunk while the other answers
+                threading.Thread(target=serve, daemon=True).start()
+        os.write(tell, f"ok {pid} {os.getpid()}".encode())
+        os.close(tell)
+        _drain(console, pidfd, runtime / "logs" / "console.log")
+        _, status = os.waitpid(pid, 0)
+        write_atomic(runtime / EXIT_FILE, str(status).encode())
+    except BaseException as error:
+        try:
+            os.write(tell, f"failed {error}".encode()[:4000])
+        except OSError:
+            pass
+    finally:
+        os._exit(0)
+
+
+def _become(program: Program, null: int, stderr: int, alive: int) -> None:
+    """In the child: take the descriptors' places, give up everything, execute."""
+    try:
+        # Above every wanted number first, so that no move overwrites a source.
+        high = {number: _dup_above(fd, 200) for number, fd in {**program.fds, ALIVE_FD: alive}.items()}
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(stderr, 2)
+        for number, fd in high.items():
+            os.dup2(fd, number, inheritable=True)
+        _close_all_but({0, 1, 2, ALIVE_FD, *program.fds})
+        os.setgroups(list(program.groups))
+        os.setresgid(program.gid, program.gid, program.gid)
+        os.setresuid(program.uid, program.uid, program.uid)
+        # After the change of uid, which clears it.
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        os.umask(0o077)
+        for ignored in _NOT_FOR_US:
+            signal.signal(ignored, signal.SIG_DFL)
+        os.execve(program.argv[0], list(program.argv), clean_environment())
+    except BaseException as error:
+        os.write(2, f"{program.argv[0]}: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def _dup_above(fd: int, lowest: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _close_all_but(wanted: set[int]) -> None:
+    lowest = 0
+    for fd in sorted(wanted):
+        if lowest < fd:  # an empty range would mean "all" to close_range(2)
+            os.closerange(lowest, fd)
+        lowest = fd + 1
+    os.closerange(lowest, 1 << 16)
+
+
+def _drain(console: socket.socket, pidfd: int, log: Path) -> None:
+    """Copy the console to `log` until the VMM has ended and its console is dry."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    size = os.fstat(out).st_size
+    console.setblocking(False)
+    poll = select.poll()
+    poll.register(console, select.POLLIN)
+    poll.register(pidfd, select.POLLIN)
+    ended = False
+    while True:
+        ready = {fd for fd, _ in poll.poll(None)}
+        ended = ended or pidfd in ready
+        try:
+            data = console.recv(1 << 16)
+        except BlockingIOError:
+            data = None
+        except OSError:
+            data = b""
+        if data == b"" or (ended and data is None):
+            if ended:
+                return
+            poll.unregister(console)  # the VMM closed it and still runs
+        if data:
+            if size + len(data) > CONSOLE_LOG_BYTES:
+                os.rename(log, f"{log}.1")
+                os.close(out)
+                out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                size = 0
+            try:
+                size += os.write(out, data)
+            except OSError:
+                pass  # a full disk costs console lines, not the VM

@@ -1,0 +1,192 @@
+"""What every operation works with: the instance's record, and the means to act on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mvm.core import record as records
+from mvm.core.errors import GuestError, MvmError, VmmError
+from mvm.core.ids import InstanceId, SnapshotId
+from mvm.core.lifecycle import Action, NoOp, State, after_failure, plan_transition
+from mvm.core.record import InstanceRecord
+from mvm.hostd import keeper, sealing
+from mvm.hostd.guest_channel import GuestChannel, connect, lock_path, socket_path
+from mvm.hostd.keys import KeyProvider
+from mvm.hostd.resources import network
+from mvm.hostd.stopwatch import Stopwatch
+from mvm.hostd.store import Store
+from mvm.hostd.vmm.driver import Driver, Vm
+from mvm.linux import pidfd
+from mvm.linux.mount import detach, mounts_below
+
+BOOT_S = 180.0
+"""How long a guest may take to its first answer. Software emulation on a busy host needs most of a minute."""
+ANSWER_S = 20.0
+# Names in the runtime directory that outlive a VM: what a person reads afterwards.
+_KEPT = frozenset({"logs", "metrics", "fc.final.json"})
+
+
+class Context:
+    """One instance under its lock. `fault` is called with the name of every step that matters, for tests to fail at."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: KeyProvider,
+        driver: Driver,
+        record: InstanceRecord,
+        watch: Stopwatch,
+        fault: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self.keys = keys
+        self.driver = driver
+        self.record = record
+        self.watch = watch
+        self.fault = fault
+        self.paths = store.instance_paths(record.id)
+
+    @property
+    def id(self) -> InstanceId:
+        return self.record.id
+
+    def save(self, record: InstanceRecord) -> None:
+        self.store.save_record(record)
+        self.record = record
+
+    @contextmanager
+    def step(self, action: Action, snapshot: SnapshotId | None = None) -> Iterator[bool]:
+        """The frame of an operation: intent before, end after, the table's answer to a failure.
+
+        Yields False where there is nothing to do. Inside, a raised error ends the VM unless the step's answer to a
+        failure is `running`; then the caller has already put that right.
+        """
+        step = plan_transition(self.record.state, action, self.id)
+        if isinstance(step, NoOp):
+            yield False
+            return
+        self.save(records.begin(self.record, step, now_ns=time.time_ns(), snapshot=snapshot))
+        self.fault("intent")
+        try:
+            yield True
+            self.fault("before end")
+        except Exception as error:
+            pending = self.record.pending
+            committed = pending is not None and pending.committed
+            end = after_failure(step, committed=committed, alive=True)
+            # Asking a guest whether it lives resumes it, so nobody asks where the answer would not matter.
+            if end is State.RUNNING and not self.revive():
+                end = after_failure(step, committed=committed, alive=False)
+            if end is not State.RUNNING:
+                self.end_vm(0)
+                self.release()
+            text = error.brief if isinstance(error, MvmError) else repr(error)
+            self.save(records.end(self.record, end, now_ns=time.time_ns(), error=text))
+            raise
+        self.save(records.finish(self.record, now_ns=time.time_ns()))
+
+    def commit(self) -> None:
+        self.save(records.commit(self.record))
+        self.fault("committed")
+
+    # The VM.
+
+    def process(self) -> records.ProcessIdentity | None:
+        return self.record.process
+
+    def vm(self) -> Vm:
+        """The running VM. VmmError if it is gone."""
+        identity = self.process()
+        if identity is None or self.record.fingerprint is None:
+            raise VmmError(f"{self.id} has no VM")
+        return self.driver.adopt(
+            identity, self.id.vm_name, self.record.fingerprint.mem_mib, self.paths.runtime
+        )
+
+    def revive(self) -> bool:
+        """Whether the VM runs and its guest answers; resumes it for that if it is paused."""
+        identity = self.process()
+        if identity is None or not pidfd.is_alive(identity):
+            return False
+        try:
+            vm = self.vm()
+            try:
+                vm.resume()
+            finally:
+                vm.close()
+            with self.channel() as channel:
+                channel.after_wake(timeout=ANSWER_S)
+        except MvmError:
+            return False
+        return True
+
+    def end_vm(self, grace_s: float) -> None:
+        """End whatever there is of a VM, recorded or not. Returns when it is gone."""
+        identity = self.process()
+        if identity is not None:
+            pidfd.terminate(identity, grace_s)
+        keeper.end_leftovers(self.paths.runtime)
+
+    def release(self) -> None:
+        """Remove what an ended VM leaves: sockets, locks, mounts. Logs and metrics stay."""
+        for point in mounts_below(self.paths.base):
+            detach(point)
+        if not self.paths.runtime.is_dir():
+            return
+        for name in os.listdir(self.paths.runtime):
+            if name not in _KEPT:
+                os.unlink(self.paths.runtime / name)
+
+    def release_network(self) -> None:
+        network.remove_bridge_if_unused(self.record.network.bridge)
+
+    # The guest.
+
+    def channel(self, timeout: float = ANSWER_S) -> GuestChannel:
+        """The host's own port of the guest."""
+        runtime = self.paths.runtime
+        return connect(
+            socket_path(runtime, 0), lock_path=lock_path(runtime, 0), deadline=time.monotonic() + timeout
+        )
+
+    def await_guest(self, vm: Vm, timeout: float) -> None:
+        """Return when the guest answers. VmmError if the VM ends first, GuestError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                with self.channel() as channel:
+                    channel.hello(timeout=max(0.1, min(2.0, deadline - time.monotonic())))
+                return
+            except GuestError as error:
+                if not vm.is_alive():
+                    raise VmmError(
+                        f"the VM of {self.id} ended while it started",
+                        details=_tail(self.paths.console_log) or _tail(self.paths.vmm_log),
+                        resolution=f"See {self.paths.console_log}.",
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise GuestError(
+                        f"the guest of {self.id} does not answer",
+                        details=_tail(self.paths.console_log),
+                        resolution=f"See {self.paths.console_log}.",
+                    ) from error
+
+    # Snapshots.
+
+    def destroy_snapshots(self) -> None:
+        """Key first, then all the rest."""
+        if self.paths.snapshots.is_dir():
+            sealing.recover(self.paths.snapshots)
+            sealing.destroy(self.paths.latest)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read()[-1500:].decode("utf-8", "replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,48 @@
+"""Start an instance cold."""
+
+from __future__ import annotations
+
+from mvm.core import record as records
+from mvm.core.lifecycle import Action
+from mvm.core.plan import InstancePlan
+from mvm.hostd.assembly import assemble, load_revision, require_memory
+from mvm.hostd.operations.context import BOOT_S, Context
+
+
+def start(context: Context, plan: InstancePlan) -> None:
+    """Boot `plan`'s revision. Running when the guest has answered.
+
+    Everything that can be refused is refused before the record changes. A snapshot of an earlier life goes first: its
+    memory is older than the disk from the first write on.
+    """
+    revision = load_revision(context.store, plan)
+    context.driver.version()
+    require_memory(plan)
+    with context.step(Action.RUN) as due:
+        if not due:
+            return
+        context.watch.phase("prepare")
+        context.end_vm(0)
+        context.release()
+        context.destroy_snapshots()
+        with assemble(context.store, context.keys, plan, revision) as machine:
+            context.watch.phase("check acceleration")
+            fingerprint = context.driver.fingerprint(machine)
+            context.watch.phase("start VMM")
+            vm = context.driver.start(machine)
+        try:
+            context.fault("started")
+            context.save(
+                records.note(
+                    context.record,
+                    process=vm.identity,
+                    vmm=records.VmmIdentity(driver=context.driver.name, version=fingerprint.vmm_version),
+                    revision=plan.revision,
+                    fingerprint=fingerprint,
+                )
+            )
+            context.watch.phase("boot guest")
+            context.await_guest(vm, BOOT_S)
+        finally:
+            vm.close()
+        context.commit()

@@ -1,0 +1,73 @@
+"""Stop an instance, and destroy one."""
+
+from __future__ import annotations
+
+import time
+
+from mvm.core.errors import MvmError
+from mvm.core.lifecycle import Action, State
+from mvm.hostd.operations.context import Context
+from mvm.hostd.resources import volume
+from mvm.linux import pidfd
+from mvm.linux.files import remove_tree
+from mvm.linux.process import wait_readable
+
+GUEST_S = 30.0
+TERM_S = 5.0
+
+
+def stop(context: Context) -> None:
+    """Ask the guest, then SIGTERM, then SIGKILL, each bounded; a sleeping one loses its snapshot, key first."""
+    with context.step(Action.STOP) as due:
+        if not due:
+            return
+        _end(context)
+        context.watch.phase("release")
+        context.destroy_snapshots()
+        context.release_network()
+
+
+def destroy(context: Context, *, wipe_volumes: bool) -> None:
+    """Stop it and remove what it had. Without `wipe_volumes` the data disk stays, locked, for the next of its name."""
+    with context.step(Action.DESTROY) as due:
+        if due:
+            _end(context)
+            context.watch.phase("remove")
+            context.destroy_snapshots()
+            context.release_network()
+            if wipe_volumes:
+                volume.wipe(context.paths.data_disk)
+    for folder in (context.paths.runtime, context.paths.snapshots, context.paths.jail):
+        remove_tree(folder)
+    if wipe_volumes or not context.paths.data_disk.exists():
+        remove_tree(context.paths.base)
+    else:
+        context.paths.state.unlink(missing_ok=True)
+
+
+def _end(context: Context) -> None:
+    if context.record.state is State.RUNNING:
+        context.watch.phase("shut guest down")
+        _ask_guest(context)
+        context.watch.phase("end VMM")
+    context.end_vm(TERM_S)
+    context.release()
+
+
+def _ask_guest(context: Context) -> None:
+    """Best effort: a guest that will not or cannot shut down is ended all the same."""
+    identity = context.process()
+    handle = None if identity is None else pidfd.open_pidfd(identity)
+    if handle is None:
+        return
+    import os
+
+    try:
+        began = time.monotonic()
+        with context.channel(timeout=5.0) as channel:
+            channel.shutdown(reboot=True, timeout=10.0)
+        wait_readable(handle, max(0.0, GUEST_S - (time.monotonic() - began)))
+    except MvmError:
+        return
+    finally:
+        os.close(handle)

@@ -1,0 +1,90 @@
+"""Wake an instance where it left off.
+
+The snapshot is opened and bound to the record before anything starts; then three things go on at once: the VMM starts,
+the pager decrypts the working set ahead of it, and every record of the snapshot is authenticated here. Only when all
+of it is sound do the vCPUs go on. That instant is the commit point: from then on the guest may write to its disk, and this
+memory must never be restored again.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from mvm.core import record as records
+from mvm.core.errors import IntegrityError
+from mvm.core.lifecycle import Action, command_for
+from mvm.core.plan import InstancePlan
+from mvm.core.snapshot import WakeReceipt
+from mvm.hostd.assembly import assemble, load_revision, require_memory
+from mvm.hostd.guest_channel import distrust_ports
+from mvm.hostd.operations.context import ANSWER_S, Context
+from mvm.hostd.operations.snapshots import open_latest
+from mvm.hostd.pager import open_memory
+
+
+def wake(context: Context, plan: InstancePlan) -> None:
+    """Restore and go on. IntegrityError (damaged, foreign, made under something else) leaves it sleeping."""
+    context.watch.phase("open snapshot")
+    revision = load_revision(context.store, plan)
+    require_memory(plan)
+    ref = context.record.snapshot
+    with context.step(Action.WAKE, ref.id if ref is not None else None) as due:
+        if not due or ref is None:
+            return
+        try:
+            with ExitStack() as opened:
+                machine = opened.enter_context(assemble(context.store, context.keys, plan, revision))
+                fingerprint = context.driver.fingerprint(machine)
+                image = opened.enter_context(open_latest(context, ref, fingerprint))
+                state = image.state()
+                distrust_ports(context.paths.runtime, range(1, 8))
+                memory = open_memory(image, plan.uid, plan.gid, context.paths.runtime / "memory")
+                opened.callback(memory.close)
+                context.watch.phase("start VMM")
+                vm = context.driver.restore(machine, memory)
+                opened.callback(vm.close)
+                context.record = records.note(
+                    context.record,
+                    process=vm.identity,
+                    vmm=records.VmmIdentity(driver=context.driver.name, version=fingerprint.vmm_version),
+                    revision=plan.revision,
+                    fingerprint=fingerprint,
+                )
+                context.fault("started")
+                context.watch.phase("verify snapshot")
+                image.authenticate()
+                context.watch.phase("load devices")
+                vm.load_state(state)
+                context.fault("loaded")
+                context.watch.phase("resume")
+                context.commit()
+                vm.resume()
+                context.fault("resumed")
+                context.watch.phase("guest answers")
+                with context.channel() as channel:
+                    channel.after_wake(timeout=ANSWER_S)
+                phases, total = context.watch.stop()
+                decrypted, chunks = memory.decrypted(), image.chunk_count
+        except IntegrityError as error:
+            raise _refused(context, error) from error
+        context.record = records.note(
+            context.record,
+            receipt=WakeReceipt(
+                instance=context.id,
+                snapshot=ref.id,
+                total_ns=total,
+                phases=phases,
+                chunks_read=decrypted,
+                chunks_total=chunks,
+            ),
+        )
+
+
+def _refused(context: Context, error: IntegrityError) -> IntegrityError:
+    """The same refusal, with the way on: the snapshot is not used, the instance still sleeps."""
+    stop, run = (command_for(action, context.id) for action in (Action.STOP, Action.RUN))
+    return type(error)(
+        f"{context.id} cannot be woken: {error.brief}",
+        details=error.details,
+        resolution=f"It still sleeps. To give up its memory and start it cold: {stop} && {run}",
+    )

@@ -1,0 +1,157 @@
+"""What every VMM driver does, and the values that go in and out.
+
+Life of a VM, in the only legal order:
+
+    start(machine)            -> Vm, running          cold boot
+    restore(machine, memory)  -> Vm, waiting          started on a snapshot's memory; takes only `load_state`
+    vm.load_state(state)                              now paused where the snapshot left off
+    vm.pause / vm.resume      idempotent
+    vm.save_state()           only while paused; the guest's memory is read through vm.memory() beside it
+    vm.stop(grace_s)          ends it, in every state; idempotent
+    adopt(identity, runtime)  -> Vm                   the same VM from another process of ours
+
+A VM is three processes at most and owns nothing beyond them: the VMM, its keeper (`mvm.hostd.keeper`). When the
+VMM ends, by whatever hand, its sockets stay behind as names in the runtime directory and everything else is gone.
+Differences between VMMs are in `Capabilities`; there are no methods that some driver does not implement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from mvm.core.record import ProcessIdentity
+from mvm.core.snapshot import Fingerprint
+
+CHANNELS = 8
+"""Guest control channels of a VM: 0 is the host's own, the others carry sessions."""
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a driver can do here. `incremental`: `dirty_runs` after a restore names only what the guest wrote."""
+
+    incremental: bool
+    accel: str
+    accel_reason: str
+
+
+class Drive(msgspec.Struct, frozen=True):
+    """A block device, in guest order (vda, vdb, ...). `path` is opened by us, not by the VMM's uid.
+
+    `key_fd`: a descriptor whose content is the LUKS passphrase, where the file is a LUKS volume the VMM itself unlocks.
+    """
+
+    id: str
+    path: str
+    read_only: bool
+    key_fd: int | None = None
+
+
+class Nic(msgspec.Struct, frozen=True):
+    """The guest's eth0. `fd`: an open tap, already on its bridge; the tap lives as long as the VMM holds it."""
+
+    mac: str
+    fd: int
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Everything a VMM is started with. Descriptors are borrowed for the duration of the call."""
+
+    name: str
+    vcpus: int
+    mem_mib: int
+    kernel: Path
+    initrd: Path
+    boot_args: str
+    drives: tuple[Drive, ...]
+    nic: Nic | None
+    uid: int
+    gid: int
+    runtime: Path
+    artifact_hashes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def mem_bytes(self) -> int:
+        return self.mem_mib << 20
+
+
+class GuestMemory(msgspec.Struct, frozen=True):
+    """Where a restored VM's memory comes from: a file the VMM maps privately and never changes.
+
+    `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
+    (None for a file that simply has it), and needs the descriptors `keep`. `close`: drops our
+    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far.
+    """
+
+    fd: int
+    keep: tuple[int, ...]
+    serve: Callable[[], None] | None
+    close: Callable[[], None]
+    decrypted: Callable[[], int]
+
+
+class MemorySource(Protocol):
+    """Guest memory of a paused VM, as 4 KiB pages from guest offset 0. `size` in bytes."""
+
+    size: int
+
+    def dirty_runs(self) -> Iterator[tuple[int, int]]:
+        """(first page, page count) of what the guest wrote since start or restore."""
+        ...
+
+    def present_pages(self) -> bytearray:
+        """One byte a page, 1 where it was touched at all."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None: ...
+
+
+class Vm(Protocol):
+    """A running VM. Every call is bounded in time and raises VmmError when the VMM is gone or will not answer."""
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        """The VMM's process."""
+        ...
+
+    def is_alive(self) -> bool: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def save_state(self) -> bytearray:
+        """The state of the devices and CPUs, without memory. It holds guest secrets (registers): treat as memory."""
+        ...
+
+    def load_state(self, state: bytes) -> None:
+        """Give a restored VM its device state; it is paused then. VmmError if it does not fit."""
+        ...
+
+    def memory(self) -> AbstractContextManager[MemorySource]: ...
+    def stop(self, grace_s: float) -> None:
+        """End it: SIGTERM, after `grace_s` SIGKILL; returns when VMM and keeper are gone."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it without ending it."""
+        ...
+
+
+class Driver(Protocol):
+    """One VMM on this host."""
+
+    name: str
+
+    def version(self) -> str: ...
+    def capabilities(self, kernel: Path, initrd: Path) -> Capabilities: ...
+    def fingerprint(self, machine: Machine) -> Fingerprint:
+        """Everything that must be the same at wake as at sleep."""
+        ...
+
+    def start(self, machine: Machine) -> Vm: ...
+    def restore(self, machine: Machine, memory: GuestMemory) -> Vm: ...
+    def adopt(self, identity: ProcessIdentity, machine_name: str, mem_mib: int, runtime: Path) -> Vm:
+        """The running VM whose VMM is `identity`. Raises VmmError if it is gone."""
+        ...

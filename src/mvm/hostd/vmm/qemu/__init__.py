@@ -1,0 +1,1 @@
+"""QEMU as a VMM: the `microvm` machine, driven over QMP."""

@@ -1,0 +1,97 @@
+"""Whether hardware acceleration works on this host: found out by booting, not by looking.
+
+On some nested hosts /dev/kvm opens, creates a VM and runs real-mode code, yet a stock kernel never boots. So the guest
+kernel that will be used is booted once with `mvm.probe` on its command line: its initrd then prints a marker and powers
+off. The answer is kept per host kernel, CPU, QEMU and guest kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from mvm.hostd.vmm.qemu.command import accel_args
+from mvm.linux import machine as host
+from mvm.linux.files import write_atomic
+from mvm.linux.process import start
+
+MARKER = b"MVM-PROBE-OK"
+# A kernel that boots here with hardware help says so in well under a second; emulated hardware help takes eight.
+PROBE_S = 15.0
+KVM = "/dev/kvm"
+
+
+class Acceleration(NamedTuple):
+    """`accel`: `kvm` or `tcg`; `reason`: why, for `node info`."""
+
+    accel: str
+    reason: str
+
+
+def choose_acceleration(qemu: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Acceleration:
+    """What to use for this guest kernel, from the cache or by a probe of at most PROBE_S seconds."""
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        return Acceleration("tcg", f"{KVM} is missing or closed to us")
+    seen = os.stat(kernel)
+    facts = [
+        host.kernel_release(),
+        host.cpu_model().name,
+        version,
+        str(seen.st_size),
+        str(seen.st_mtime_ns),
+        str(kernel),
+    ]
+    file = cache / f"accel-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.json"
+    try:
+        known = json.loads(file.read_bytes())
+        return Acceleration(str(known["accel"]), str(known["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    chosen = _probe(qemu, kernel, initrd)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomic(file, json.dumps({"accel": chosen.accel, "reason": chosen.reason, "facts": facts}).encode())
+    return chosen
+
+
+def probe_command(qemu: str, kernel: Path, initrd: Path) -> list[str]:
+    return [
+        qemu, "-M", "microvm,pit=on,pic=on,rtc=on,acpi=on,x-option-roms=off", *accel_args("kvm"),
+        "-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-kernel", str(kernel), "-initrd", str(initrd), "-append", "console=ttyS0 quiet reboot=k panic=-1 mvm.probe",
+        "-serial", "stdio",
+    ]  # fmt: skip
+
+
+def _probe(qemu: str, kernel: Path, initrd: Path) -> Acceleration:
+    began = time.monotonic()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(reader, False)
+    seen = b""
+    try:
+        child = start(probe_command(qemu, kernel, initrd), stdout=writer, stderr=writer)
+        os.close(writer)
+        writer = -1
+        with child:
+            try:
+                while time.monotonic() - began < PROBE_S and MARKER not in seen:
+                    ended = child.wait(0.02) is not None
+                    try:
+                        seen = (seen + os.read(reader, 1 << 16))[-(1 << 16) :]
+                    except BlockingIOError:
+                        pass
+                    if ended:
+                        break
+            finally:
+                child.stop(0)
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+    spent = time.monotonic() - began
+    if MARKER in seen:
+        return Acceleration("kvm", f"a stock kernel boots with it ({spent:.1f} s)")
+    return Acceleration("tcg", f"{KVM} opens, but no stock kernel boots with it (tried for {spent:.1f} s)")
