@@ -98,7 +98,7 @@ class ExitStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SleepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What quiescing did. `secrets` is "none" when nothing is mounted any more; times in microseconds, memory in KiB."""
+    """What quiescing did. `secrets`: "none" once nothing is mounted there, else "failed". Microseconds and KiB."""
 
     secrets: str
     sync_us: int

@@ -35,7 +35,9 @@ def test_a_disk_smaller_than_every_signature_is_unused(tmp_path: Path) -> None:
 
 @pytest.mark.req("B2")
 @pytest.mark.parametrize(("offset", "magic"), disks.SIGNATURES)
-def test_every_signature_keeps_the_disk_from_being_formatted(tmp_path: Path, offset: int, magic: bytes) -> None:
+def test_every_signature_keeps_the_disk_from_being_formatted(
+    tmp_path: Path, offset: int, magic: bytes
+) -> None:
     assert disks.used_by(disk(tmp_path, (offset, magic))) is not None
 
 

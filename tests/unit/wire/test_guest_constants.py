@@ -25,7 +25,12 @@ def _constants(*modules: object) -> dict[str, object]:
 def test_every_constant_of_the_guest_agrees_with_the_hosts() -> None:
     guest = _constants(proto)
     host = _constants(framing, guest_api)
-    renamed = {"TREE_FAILED", "ENTROPY_SIZE", "MAX_MESSAGE", "NONCE_SIZE"}  # literals or local names in the guest
+    renamed = {
+        "TREE_FAILED",
+        "ENTROPY_SIZE",
+        "MAX_MESSAGE",
+        "NONCE_SIZE",
+    }  # literals or local names in the guest
     assert guest.keys() - host.keys() == set()
     assert host.keys() - guest.keys() == renamed
     assert {name: host[name] for name in guest} == guest

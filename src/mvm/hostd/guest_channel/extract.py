@@ -219,7 +219,8 @@ class ReceiveOperation(Operation):
             self._extractor.commit()
         finally:
             self._extractor.discard()
-        return CopyReport(self._extractor.entries, self._extractor.size, self._extractor.skipped)
+        extractor = self._extractor
+        return CopyReport(extractor.entries - extractor.skipped, extractor.size, extractor.skipped)
 
     def close(self) -> None:
         self._extractor.discard()
