@@ -11,7 +11,7 @@ import pytest
 from mvm.core.errors import CommandFailed, Conflict, IntegrityError, InvalidInput, NotFound, ResourceExhausted
 from mvm.core.ids import InstanceId
 from mvm.hostd.keys.development import DevelopmentKeyProvider
-from mvm.hostd.resources import luks1, volume
+from mvm.hostd.resources import volume
 from mvm.linux import files, memfd, process
 from mvm.linux.secret import SecretBytes
 
@@ -86,10 +86,10 @@ def test_qemu_describes_the_header_as_written(image: Path) -> None:
     assert (info["format"], info["virtual-size"], info["encrypted"]) == ("luks", SIZE, True)
     data = info["format-specific"]["data"]
     assert [data[k] for k in ("cipher-alg", "cipher-mode", "hash-alg", "payload-offset")] == [
-        "aes-256", "xts", "sha256", luks1.PAYLOAD_OFFSET,
+        "aes-256", "xts", "sha256", volume.PAYLOAD_OFFSET,
     ]  # fmt: skip
     assert [slot["active"] for slot in data["slots"]] == [True] + [False] * 7
-    assert data["slots"][0]["stripes"] == luks1.STRIPES
+    assert data["slots"][0]["iters"] == 1000
 
 
 @pytest.mark.root
@@ -106,8 +106,9 @@ def test_cryptsetup_takes_the_key_too(image: Path, provider: DevelopmentKeyProvi
 
 @pytest.mark.req("K1", "K2")
 def test_the_disk_is_sparse_and_the_key_wrapped(image: Path, provider: DevelopmentKeyProvider) -> None:
-    assert image.stat().st_size == SIZE + luks1.PAYLOAD_OFFSET
-    assert image.stat().st_blocks * 512 < 1 << 20
+    assert image.stat().st_size == SIZE + volume.PAYLOAD_OFFSET
+    # Of the header cryptsetup writes all; of the payload there is nothing yet.
+    assert image.stat().st_blocks * 512 <= volume.PAYLOAD_OFFSET
     assert stat.S_IMODE(image.stat().st_mode) == 0o600
     secret = volume.open_key(image, provider, ACME)
     phrase = os.pread(secret, 100, 0)
@@ -192,7 +193,7 @@ def test_wipe_takes_the_key_first(
     volume.wipe(image)
     assert order == [volume.KEY_NAME, volume.IMAGE_NAME]
     assert os.listdir(image.parent) == []
-    assert witness.read_bytes() == bytes(SIZE + luks1.PAYLOAD_OFFSET)
+    assert witness.read_bytes() == bytes(SIZE + volume.PAYLOAD_OFFSET)
     volume.wipe(image)
     with pytest.raises(NotFound):
         volume.open_key(image, provider, ACME)
@@ -242,15 +243,3 @@ def test_bad_requests_change_nothing(image: Path, provider: DevelopmentKeyProvid
     assert "MiB free" in caught.value.brief
     assert os.listdir(other.parent) == []
     assert volume.key_path(image).read_bytes() == key
-
-
-def test_the_split_merges_back() -> None:
-    """The specification's merge, written the other way round."""
-    with SecretBytes.from_random(luks1.KEY_BYTES) as key:
-        stripes = os.urandom(luks1.KEY_BYTES * (luks1.STRIPES - 1))
-        whole = bytes(luks1.split(key, stripes))
-        assert whole[: len(stripes)] == stripes
-        state = bytes(luks1.KEY_BYTES)
-        for at in range(0, len(stripes), luks1.KEY_BYTES):
-            state = luks1._diffuse(bytes(a ^ b for a, b in zip(state, whole[at:], strict=False)))
-        assert bytes(a ^ b for a, b in zip(state, whole[len(stripes) :], strict=True)) == bytes(key.view())
