@@ -13,9 +13,9 @@ import fcntl
 import os
 
 from mvm.guest import log, process
+from mvm.guest.mounts import mount, mounted, unmount
 
 BLKFLSBUF = 0x1261
-_MOUNT_TIMEOUT = 30.0
 _FORMAT_TIMEOUT = 300.0
 _KIB = 1024
 
@@ -90,13 +90,6 @@ def _at(fd: int, offset: int, magic: bytes) -> bool:
     return os.pread(fd, len(magic), offset) == magic
 
 
-def mounted(where: str) -> bool:
-    """Whether anything is mounted exactly there."""
-    wanted = where.encode()
-    with open("/proc/self/mounts", "rb") as mounts:
-        return any(line.split(b" ", 2)[1] == wanted for line in mounts)
-
-
 def prepare_data(device: str, where: str) -> str:
     """Format `device` if unused, mount it on `where`; one word of what happened. Never raises: nofail."""
     try:
@@ -115,11 +108,9 @@ def prepare_data(device: str, where: str) -> str:
                 log.line(f"{device}: mkfs.ext4 exits {code}: {output.decode(errors='replace')}")
                 return "unformatted"
             formatted = True
-        code, output = process.run(
-            ["mount", "-t", "ext4", "-o", "nodev,nosuid", device, where], _MOUNT_TIMEOUT
-        )
-        if code:
-            log.line(f"{device}: mount exits {code}: {output.decode(errors='replace')}")
+        problem = mount(device, where, "ext4", "nodev", "nosuid")
+        if problem:
+            log.line(f"{device}: {problem}")
             return "unmountable"
         return "formatted" if formatted else "mounted"
     except OSError as error:
@@ -138,28 +129,14 @@ def mount_secrets(device: str, where: str) -> str:
         finally:
             os.close(fd)
         os.makedirs(where, exist_ok=True)
-        code, output = process.run(
-            ["mount", "-t", "ext4", "-o", "ro,noexec,nodev,nosuid", device, where], _MOUNT_TIMEOUT
-        )
-        if code:
-            log.line(f"{device}: mount exits {code}: {output.decode(errors='replace')}")
+        problem = mount(device, where, "ext4", "ro", "noexec", "nodev", "nosuid")
+        if problem:
+            log.line(f"{device}: {problem}")
             return "failed"
         return "mounted"
     except OSError as error:
         log.failure(device, error)
         return "failed"
-
-
-def unmount(where: str) -> bool:
-    """Unmount everything stacked on `where`, lazily if it is in use; True when nothing is mounted there any
-    more.
-    """
-    for _ in range(8):
-        if not mounted(where):
-            return True
-        if process.run(["umount", where], _MOUNT_TIMEOUT)[0]:
-            process.run(["umount", "-l", where], _MOUNT_TIMEOUT)
-    return not mounted(where)
 
 
 def _is_block(path: str) -> bool:

@@ -15,7 +15,7 @@ import time
 from struct import Struct
 from time import CLOCK_BOOTTIME, CLOCK_REALTIME, clock_gettime, clock_settime_ns, monotonic, monotonic_ns
 
-from mvm.guest import disks, log, process, proto
+from mvm.guest import disks, log, mounts, process, proto
 from mvm.guest.conn import Connection, Refusal
 from mvm.guest.proto import Malformed, frame
 from mvm.guest.session import Activity
@@ -100,7 +100,7 @@ class Lifecycle:
         began = monotonic_ns()
         result = SECRETS_NONE
         if flags & proto.SLEEP_UNMOUNT_SECRETS and self._settings.disks:
-            result = SECRETS_NONE if disks.unmount(self._settings.secrets_dir) else SECRETS_FAILED
+            result = SECRETS_NONE if mounts.unmount(self._settings.secrets_dir) else SECRETS_FAILED
         os.sync()
         synced = monotonic_ns()
         gc.collect()
@@ -180,7 +180,7 @@ class Lifecycle:
         os.sync()
         for where in (self._settings.secrets_dir, self._settings.data_dir):
             try:
-                disks.unmount(where)
+                mounts.unmount(where)
             except OSError as error:
                 log.failure(f"unmount {where}", error)
         os.sync()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from mvm.guest import disks, process, proto
+from mvm.guest import mounts, process, proto
 from mvm.guest.conn import Connection, Refusal
 from mvm.guest.lifecycle import Settings
 from mvm.guest.proto import Malformed
@@ -32,7 +32,7 @@ class RefreshVerb:
             raise Refusal(proto.E_UNSUPPORTED, "this agent does not mount anything")
         if self._busy is not None and self._busy.open:
             raise Refusal(proto.E_BUSY, "another refresh is under way")
-        disks.unmount(_STAGING)
+        mounts.unmount(_STAGING)
         os.makedirs(_STAGING, 0o700, exist_ok=True)
         _mount("-t", "tmpfs", "-o", f"size={_SIZE},mode=0755,noexec,nodev,nosuid", "tmpfs", _STAGING)
         self._busy = RefreshRequest(conn, number, self._settings.secrets_dir)
@@ -48,7 +48,7 @@ class RefreshRequest(CopyIn):
     def completed(self) -> None:
         _mount("-o", "remount,ro,noexec,nodev,nosuid", _STAGING)
         os.makedirs(self._where, exist_ok=True)
-        if not disks.unmount(self._where):
+        if not mounts.unmount(self._where):
             raise Refusal(proto.E_FAILED, f"{self._where}: cannot be unmounted")
         _mount("--move", _STAGING, self._where)
         self.open = False
@@ -57,7 +57,7 @@ class RefreshRequest(CopyIn):
         super().abort()
         if self.open:
             self.open = False
-            disks.unmount(_STAGING)
+            mounts.unmount(_STAGING)
 
 
 def _mount(*arguments: str) -> None:
