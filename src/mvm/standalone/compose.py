@@ -1,0 +1,59 @@
+"""The real builder, host, key provider and audit log, put together for this machine. Imports happen at use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mvm.core.audit import AuditEntry, Verified
+    from mvm.core.ids import TenantId
+    from mvm.hostd.keys import KeyProvider
+    from mvm.hostd.store import Store
+    from mvm.standalone.ports import Host, Workshop
+
+CACHE = Path("/var/cache/mvm")
+"""What can be found out again: whether acceleration works here, what nix has evaluated."""
+
+
+def key_provider(root: Path) -> KeyProvider:
+    """The development provider: the others need a coordinator or a vault."""
+    from mvm.hostd.keys.development import DevelopmentKeyProvider
+
+    return DevelopmentKeyProvider(root)
+
+
+def host(store: Store, keys: KeyProvider) -> Host:
+    """QEMU: the driver that every machine with Debian packages has."""
+    from mvm.hostd.host import Host as RealHost
+    from mvm.hostd.vmm.qemu.driver import QemuDriver
+
+    return RealHost(store, keys, QemuDriver(CACHE))
+
+
+def workshop(store: Store) -> Workshop:
+    from mvm.standalone.host_workshop import HostWorkshop
+
+    return HostWorkshop(store.root, CACHE)
+
+
+class FileAuditLog:
+    """`tenants/<tenant>/audit.log`, by `mvm.hostd.resources.audit`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def append(self, entry: AuditEntry) -> None:
+        from mvm.hostd.resources import audit
+
+        audit.append(self._path(entry.tenant), entry)
+
+    def verify(self, tenant: TenantId) -> Verified:
+        from mvm.hostd.resources import audit
+
+        return audit.verify(self._path(tenant), tenant)
+
+    def _path(self, tenant: TenantId) -> Path:
+        from mvm.hostd.resources import audit
+
+        return self._store.tenant_dir(tenant) / audit.LOG_NAME
