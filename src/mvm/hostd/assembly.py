@@ -6,17 +6,28 @@ then live exactly as long as the VMM does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mvm.core.errors import MissingPrerequisite, NotFound, ResourceExhausted
+from mvm.core.errors import IntegrityError, MissingPrerequisite, NotFound, ResourceExhausted
 from mvm.core.fc_config import FcPaths, overlay_fc_config
 from mvm.core.limits import FC_CONFIG_BYTES
 from mvm.core.plan import InstancePlan
-from mvm.core.revision import FC_BASE, INITRD, KERNEL, ROOTFS, Revision, decode_revision
+from mvm.core.revision import (
+    DOCUMENT,
+    FC_BASE,
+    FILES,
+    INITRD,
+    KERNEL,
+    REVISION_BYTES,
+    ROOTFS,
+    Revision,
+    decode_revision,
+)
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
@@ -24,7 +35,6 @@ from mvm.hostd.vmm.driver import Drive, Machine, Nic
 from mvm.linux.files import read_bounded, write_atomic
 from mvm.linux.machine import memory_available
 
-_REVISION_BYTES = 1 << 20
 # What a VMM needs beside the guest's memory: its own code, translation buffers, page tables.
 _OVERHEAD_MIB = 128
 
@@ -32,15 +42,30 @@ _OVERHEAD_MIB = 128
 def load_revision(store: Store, plan: InstancePlan) -> Revision:
     """The plan's revision. NotFound with what to do where it is gone."""
     try:
-        return decode_revision(
-            read_bounded(store.revisions_dir / plan.revision / "revision.json", _REVISION_BYTES)
-        )
+        return decode_revision(read_bounded(store.revisions_dir / plan.revision / DOCUMENT, REVISION_BYTES))
     except FileNotFoundError:
         raise NotFound(
             f"revision {plan.revision[:12]} is not on this node",
             details=f"Looked in {store.revisions_dir}.",
             resolution=f"Build it again with: mvm tenant build {plan.instance.tenant}",
         ) from None
+
+
+def verify_artifacts(store: Store, revision: Revision) -> None:
+    """IntegrityError unless every file of the revision is what was built. Reads all of them once."""
+    for name, expected in revision.sha256.items():
+        path = store.revisions_dir / revision.id / FILES[name]
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            found = "no such file"
+        if found != expected:
+            raise IntegrityError(
+                f"the {name} of revision {revision.id[:12]} is not what was built",
+                details=f"{path}: expected {expected}, found {found}",
+                resolution="Remove the revision's directory and build again: mvm tenant build",
+            )
 
 
 def require_memory(plan: InstancePlan) -> None:

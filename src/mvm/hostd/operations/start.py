@@ -5,7 +5,7 @@ from __future__ import annotations
 from mvm.core import record as records
 from mvm.core.lifecycle import Action
 from mvm.core.plan import InstancePlan
-from mvm.hostd.assembly import assemble, load_revision, require_memory
+from mvm.hostd.assembly import assemble, load_revision, require_memory, verify_artifacts
 from mvm.hostd.operations.context import BOOT_S, Context
 
 
@@ -25,6 +25,8 @@ def start(context: Context, plan: InstancePlan) -> None:
         context.end_vm(0)
         context.release()
         context.destroy_snapshots()
+        context.watch.phase("verify artifacts")
+        verify_artifacts(context.store, revision)
         with assemble(context.store, context.keys, plan, revision) as machine:
             context.watch.phase("check acceleration")
             fingerprint = context.driver.fingerprint(machine)

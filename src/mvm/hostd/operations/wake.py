@@ -2,7 +2,8 @@
 
 The snapshot is opened and bound to the record before anything starts; then three things go on at once: the VMM starts,
 the pager decrypts the working set ahead of it, and every record of the snapshot is authenticated here. Only when all
-of it is sound do the vCPUs go on. That instant is the commit point: from then on the guest may write to its disk, and this
+of it is sound do the vCPUs go on. That instant is the commit point: from then on the guest may write to its disk, and
+this
 memory must never be restored again.
 """
 
