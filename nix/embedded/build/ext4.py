@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
+import subprocess  # noqa: TID251 - runs inside the build, where there is no mvm
 from typing import NoReturn
 
 from debs import Entry
@@ -25,10 +25,13 @@ def _fail(what: str, output: str) -> NoReturn:
 
 
 def _tool(name: str, *args: str, stdin: str = "") -> str:
-    tools = os.environ["tools"]
+    tools = os.environ["tools"]  # noqa: SIM112 - nix passes attributes by their names
     library = f"{tools}/lib/x86_64-linux-gnu:{tools}/usr/lib/x86_64-linux-gnu"
     program = next(p for p in (f"{tools}/sbin/{name}", f"{tools}/usr/sbin/{name}") if os.path.exists(p))
-    env = {"E2FSPROGS_FAKE_TIME": "1", "MKE2FS_CONFIG": "/dev/null", "E2FSCK_CONFIG": "/dev/null", "TZ": "UTC", "PATH": "", "PAGER": "cat"}
+    env = {
+        "E2FSPROGS_FAKE_TIME": "1", "MKE2FS_CONFIG": "/dev/null", "E2FSCK_CONFIG": "/dev/null",
+        "TZ": "UTC", "PATH": "", "PAGER": "cat",
+    }  # fmt: skip
     done = subprocess.run(
         [f"{tools}/ld.so", "--library-path", library, program, *args],
         input=stdin, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,

@@ -45,7 +45,7 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     payload = bzimage[(sectors + 1) * 512 + offset:][:length]
     if payload[:4] != b"\x02\x21\x4c\x18":
-        raise SystemExit(f"kernel payload is not LZ4 legacy (starts {payload[:4].hex()}): teach build/kernel.py its format")
+        raise SystemExit(f"kernel payload starts {payload[:4].hex()}, which is not LZ4 legacy")
     lz4 = ctypes.CDLL("liblz4.so.1")
     out = bytearray()
     chunk = ctypes.create_string_buffer(8 << 20)

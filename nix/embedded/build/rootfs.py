@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
+import subprocess  # noqa: TID251 - runs inside the build, where there is no mvm
 
 from debs import Entry, entries
 from ext4 import write_image
@@ -46,7 +46,7 @@ nogroup:x:65534:
 """
 FILES = {
     "etc/shells": "/bin/sh\n",
-    "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\n",
     "etc/profile": "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nPS1='\\u@\\h:\\w\\$ '\n",
     # busybox and dash read it too; a locale would need files the image does without.
     "etc/environment": "LANG=C.UTF-8\n",
@@ -110,7 +110,8 @@ def add_applets(tree: Tree, scratch: str) -> None:
 
 def add_certificates(tree: Tree) -> None:
     """What update-ca-certificates makes: one bundle, found by OpenSSL, GnuTLS, curl and Python alike."""
-    bundle = b"".join(e.data for path, e in sorted(tree.items()) if path.startswith("usr/share/ca-certificates/") and e.kind == "f")
+    found = [entry for path, entry in sorted(tree.items()) if path.startswith("usr/share/ca-certificates/")]
+    bundle = b"".join(entry.data for entry in found if entry.kind == "f")
     if bundle:
         put(tree, "etc/ssl/certs/ca-certificates.crt", Entry("f", 0o644, 0, 0, bundle))
         add_link(tree, "usr/lib/ssl/cert.pem", "/etc/ssl/certs/ca-certificates.crt")
@@ -133,13 +134,14 @@ def add_system(tree: Tree, init: str, profile: str, shell: str) -> None:
     add_text(tree, "etc/group", GROUP)
     # "*" is no hash of anything: no password opens the account, and the agent needs none.
     add_text(tree, "etc/shadow", "".join(f"{name}:*:19000:0:99999:7:::\n" for name in names), 0o600)
-    release = f'NAME="mvm guest"\nPRETTY_NAME="mvm guest ({profile})"\nID=mvm-guest\nID_LIKE=debian\nVARIANT_ID={profile}\n'
+    release = f'NAME="mvm guest"\nPRETTY_NAME="mvm guest ({profile})"\nID=mvm-guest\nID_LIKE=debian\n'
+    release += f"VARIANT_ID={profile}\n"
     tree.pop("etc/os-release", None)
     add_text(tree, "etc/os-release", release)
     add_text(tree, "usr/lib/os-release", release)
-    for name, path, mode in (("rootfs-init", "usr/lib/mvm/init", 0o755), ("inittab", "etc/inittab", 0o644), ("fstab", "etc/fstab", 0o644)):
+    for name, path in (("rootfs-init", "usr/lib/mvm/init"), ("inittab", "etc/inittab"), ("fstab", "etc/fstab")):
         with open(f"{init}/{name}", encoding="utf-8") as file:
-            add_text(tree, path, file.read(), mode)
+            add_text(tree, path, file.read(), 0o755 if name == "rootfs-init" else 0o644)
 
 
 def add_agent(tree: Tree, source: str) -> None:
@@ -155,8 +157,6 @@ def add_agent(tree: Tree, source: str) -> None:
     if not found:
         raise SystemExit("the guest agent has no __main__.py")
     add_text(tree, "usr/lib/mvm/mvm/__init__.py", "")
-    # `python3 -I` has no PYTHONPATH; running this directory puts it, and only it, in front of the standard library.
-    add_text(tree, "usr/lib/mvm/__main__.py", 'import runpy\n\nrunpy.run_module("mvm.guest", run_name="__main__", alter_sys=True)\n')
 
 
 def add_bytecode(tree: Tree) -> None:

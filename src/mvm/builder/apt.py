@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 _UPDATE_S = 300.0
 _QUERY_S = 120.0
 _DOWNLOAD_S = 1800.0
-_PREFERENCES = "Package: *\nPin: release o=Debian\nPin-Priority: 990\n\nPackage: *\nPin: release *\nPin-Priority: -10\n"
+_PREFERENCES = (
+    "Package: *\nPin: release o=Debian\nPin-Priority: 990\n\nPackage: *\nPin: release *\nPin-Priority: -10\n"
+)
 # Which of the host's settings say where packages come from and how to get there.
-_KEPT = re.compile(r'(Acquire::[^ ]+|Dir::Etc::(?:sourcelist|sourceparts|trusted|trustedparts|netrc|netrcparts)) "')
+_KEPT = re.compile(
+    r'(Acquire::[^ ]+|Dir::Etc::(?:sourcelist|sourceparts|trusted|trustedparts|netrc|netrcparts)) "'
+)
 _PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _URI = re.compile(r"^'[^']*' (\S+)_(\S+)_(\S+)\.deb (\d+)", re.MULTILINE)
 _STATUS = re.compile(r"dlstatus:[^:]*:([0-9.]+):(.*)")
@@ -54,7 +58,12 @@ class Apt:
         os.chmod(lists, 0o755)
         self._env = {**self._env, "APT_CONFIG": str(_write_config(self._folder, lists))}
         try:
-            process.run(["apt-get", "-q", "update", "--error-on=any"], timeout=_UPDATE_S, env=self._env, on_line=on_line)
+            process.run(
+                ["apt-get", "-q", "update", "--error-on=any"],
+                timeout=_UPDATE_S,
+                env=self._env,
+                on_line=on_line,
+            )
         except CommandFailed as error:
             raise BuildFailed(
                 "the package lists could not be fetched",
@@ -65,12 +74,14 @@ class Apt:
     def resolve(self, names: Sequence[str]) -> dict[str, str]:
         """name -> version of everything that installing `names` on an empty system takes, without recommendations."""
         try:
-            done = process.run(["apt-get", "-y", "--print-uris", "install", *names], timeout=_QUERY_S, env=self._env)
+            done = process.run(
+                ["apt-get", "-y", "--print-uris", "install", *names], timeout=_QUERY_S, env=self._env
+            )
         except CommandFailed as error:
             raise BuildFailed(
                 "apt cannot resolve the packages of the guest",
                 details=error.details,
-                resolution="the embedded flake needs Debian 12 or later package sources; check: apt-cache policy busybox-static",
+                resolution="the flake needs Debian's package sources; check: apt-cache policy busybox-static",
             ) from error
         found = _URI.findall(done.stdout.decode())
         return {name: urllib.parse.unquote(version) for name, version, _, _ in found}
@@ -82,7 +93,9 @@ class Apt:
             return {}
         argv = ["apt-cache", "show", *(f"{name}={version}" for name, version in sorted(pairs.items()))]
         found: dict[str, Version] = {}
-        output = process.run(argv, timeout=_QUERY_S, ok=(0, 100), env=self._env).stdout.decode("utf-8", "replace")
+        output = process.run(argv, timeout=_QUERY_S, ok=(0, 100), env=self._env).stdout.decode(
+            "utf-8", "replace"
+        )
         for stanza in output.split("\n\n"):
             fields = dict(re.findall(r"^([A-Za-z0-9-]+): (.*)$", stanza, re.MULTILINE))
             name = fields.get("Package", "")
@@ -91,7 +104,10 @@ class Apt:
         return found
 
     def download(
-        self, wanted: Iterable[tuple[str, str]], into: Path, on_progress: Callable[[float, str], None] | None = None
+        self,
+        wanted: Iterable[tuple[str, str]],
+        into: Path,
+        on_progress: Callable[[float, str], None] | None = None,
     ) -> dict[str, Path]:
         """Fetch (name, version) pairs into `into`; name -> file. Progress is a fraction and apt's own words."""
         pairs = sorted(wanted)
@@ -101,7 +117,14 @@ class Apt:
             if match and on_progress:
                 on_progress(min(1.0, float(match[1]) / 100), match[2])
 
-        argv = ["apt-get", "-qq", "-o", "APT::Status-Fd=1", "download", *(f"{name}={version}" for name, version in pairs)]
+        argv = [
+            "apt-get",
+            "-qq",
+            "-o",
+            "APT::Status-Fd=1",
+            "download",
+            *(f"{name}={version}" for name, version in pairs),
+        ]
         try:
             process.run(argv, timeout=_DOWNLOAD_S, env=self._env, cwd=into, on_line=line)
         except CommandFailed as error:
@@ -129,7 +152,9 @@ def _write_config(folder: Path, lists: Path | None) -> Path:
     if lists is not None:
         own["Dir::State::lists"] = str(lists)
     config = folder / "apt.conf"
-    config.write_text("\n".join(kept + [f'{key} "{value}";' for key, value in own.items()]) + "\n", encoding="utf-8")
+    config.write_text(
+        "\n".join(kept + [f'{key} "{value}";' for key, value in own.items()]) + "\n", encoding="utf-8"
+    )
     return config
 
 

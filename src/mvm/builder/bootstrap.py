@@ -46,7 +46,9 @@ def extract_busybox(deb: Path, target: Path) -> None:
         if name != "data.tar.xz":
             raise ValueError(f"{name} is not xz-compressed")
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(data))) as tar:
-            member = next(m for m in tar if m.isreg() and os.path.normpath(m.name).split("/")[-2:] == ["bin", "busybox"])
+            member = next(
+                m for m in tar if m.isreg() and os.path.normpath(m.name).split("/")[-2:] == ["bin", "busybox"]
+            )
             stream = tar.extractfile(member)
             if stream is None or member.size > _BINARY_MAX:
                 raise ValueError("busybox has an unexpected form")

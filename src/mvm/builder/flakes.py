@@ -42,9 +42,14 @@ def guest_source_dir() -> Path:
 
 
 def local_flake_dir(flake_ref: str, cwd: Path) -> Path | None:
-    """The directory `flake_ref` names, or None if it is not a local one. Raises InvalidInput for a path without flake."""
+    """The directory `flake_ref` names, or None if it is not a local one.
+
+    Raises InvalidInput for a path that holds no flake.
+    """
     if not flake_ref or "\0" in flake_ref or len(flake_ref) > 4096:
-        raise InvalidInput("the flake reference is empty or malformed", resolution="use, for example, nix/embedded")
+        raise InvalidInput(
+            "the flake reference is empty or malformed", resolution="use, for example, nix/embedded"
+        )
     text = flake_ref.removeprefix("path:")
     path = Path(os.path.normpath(cwd / text))
     if (path / "flake.nix").is_file():
@@ -96,7 +101,7 @@ def stage(flake_dir: Path, guest_dir: Path, target: Path) -> None:
 
 
 def _ignored(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__" or name == "result" or name.startswith("result-") or name.endswith("~")
+    return name in ("__pycache__", "result") or name.startswith((".", "result-")) or name.endswith("~")
 
 
 def _copy(source: Path, target: Path, *, python_only: bool, skip: frozenset[str]) -> None:

@@ -22,16 +22,30 @@ from typing import TYPE_CHECKING
 from mvm.builder import package_lock
 from mvm.builder.apt import private_apt
 from mvm.builder.bootstrap import extract_busybox
-from mvm.builder.flakes import PROFILES, guest_source_dir, is_package_flake, local_flake_dir, lock_hash_of, stage
+from mvm.builder.flakes import (
+    PROFILES,
+    guest_source_dir,
+    is_package_flake,
+    local_flake_dir,
+    lock_hash_of,
+    stage,
+)
 from mvm.builder.model import Artifacts
 from mvm.builder.store_path import nar_sha256, recursive_path, sri
-from mvm.core.errors import BuildFailed, CommandFailed, InvalidInput, MissingPrerequisite, Refused, ResourceExhausted
+from mvm.core.errors import (
+    BuildFailed,
+    CommandFailed,
+    InvalidInput,
+    MissingPrerequisite,
+    Refused,
+    ResourceExhausted,
+)
 from mvm.linux import process
 from mvm.linux.files import read_bounded
 
 if TYPE_CHECKING:
     from mvm.builder.model import BuildRequest, LineSink, ProgressSink
-    from mvm.builder.package_lock import Package, PackageLock
+    from mvm.builder.package_lock import Package
 
 NOTICE = "development builder: nix runs on this host as root, separated from it by nix's sandbox only"
 BUILD_S = 3600.0
@@ -58,7 +72,11 @@ class HostNixBuilder:
         self._cwd = cwd
 
     def build(
-        self, request: BuildRequest, *, on_line: LineSink | None = None, on_progress: ProgressSink | None = None
+        self,
+        request: BuildRequest,
+        *,
+        on_line: LineSink | None = None,
+        on_progress: ProgressSink | None = None,
     ) -> Artifacts:
         """See `Builder.build`."""
         line, progress = on_line or _quiet_line, on_progress or _quiet_progress
@@ -86,7 +104,9 @@ class HostNixBuilder:
                 stage(flake_dir, guest_source_dir(), staged)
                 self._provide_packages(staged, request.profile, scratch, line, progress)
                 source, offline = f"path:{staged}", True
-            return self._run_nix(source, request.profile, resolved, lock_hash, scratch, line, progress, offline)
+            return self._run_nix(
+                source, request.profile, resolved, lock_hash, scratch, line, progress, offline
+            )
 
     def _check_host(self) -> None:
         if os.geteuid() != 0:
@@ -94,7 +114,9 @@ class HostNixBuilder:
                 "building needs root", details=NOTICE, resolution="run the command with sudo"
             )
         if process.find_program("nix") is None:
-            raise MissingPrerequisite("nix is not installed", resolution="install it: apt-get install nix-bin")
+            raise MissingPrerequisite(
+                "nix is not installed", resolution="install it: apt-get install nix-bin"
+            )
 
     def _environment(self, *, offline: bool) -> dict[str, str]:
         config = [
@@ -105,7 +127,11 @@ class HostNixBuilder:
         ]
         if offline:
             config += ["substituters =", "flake-registry =", "use-registries = false"]
-        env = {"NIX_CONFIG": "\n".join(config), "XDG_CACHE_HOME": str(self._cache_dir), "HOME": str(self._cache_dir)}
+        env = {
+            "NIX_CONFIG": "\n".join(config),
+            "XDG_CACHE_HOME": str(self._cache_dir),
+            "HOME": str(self._cache_dir),
+        }
         for key in ("NIX_SSL_CERT_FILE", "http_proxy", "https_proxy", "no_proxy"):
             if not offline and key in os.environ:
                 env[key] = os.environ[key]
@@ -125,9 +151,15 @@ class HostNixBuilder:
                 resolution="check the reference with: nix flake metadata",
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise BuildFailed("nix answered with something unexpected", details=repr(error), resolution="check: nix --version") from error
+            raise BuildFailed(
+                "nix answered with something unexpected",
+                details=repr(error),
+                resolution="check: nix --version",
+            ) from error
 
-    def _provide_packages(self, staged: Path, profile: str, scratch: Path, line: LineSink, progress: ProgressSink) -> None:
+    def _provide_packages(
+        self, staged: Path, profile: str, scratch: Path, line: LineSink, progress: ProgressSink
+    ) -> None:
         """Bring into the store what the lock names and the store lacks."""
         lock = package_lock.parse_lock(read_bounded(staged / "packages/packages.json", package_lock.LOCK_MAX))
         packages_nar = nar_sha256(staged / "packages")
@@ -141,7 +173,10 @@ class HostNixBuilder:
         env = self._environment(offline=True)
         wanted = lock.wanted(("kernel", "tools", profile))
         paths = {package_lock.package_path(package): name for name, package in wanted.items()}
-        source_path, bootstrap_path = recursive_path(packages_nar, "source"), package_lock.bootstrap_path(lock)
+        source_path, bootstrap_path = (
+            recursive_path(packages_nar, "source"),
+            package_lock.bootstrap_path(lock),
+        )
         absent = self._absent([*paths, source_path, bootstrap_path], env)
         if not absent:
             return
@@ -179,10 +214,14 @@ class HostNixBuilder:
             process.run(argv, timeout=_QUERY_S, env=env)
         except CommandFailed as error:
             raise BuildFailed(
-                "nix could not add a package to its store", details=error.details, resolution="check free space and /nix"
+                "nix could not add a package to its store",
+                details=error.details,
+                resolution="check free space and /nix",
             ) from error
 
-    def _fetch(self, wanted: dict[str, Package], scratch: Path, line: LineSink, progress: ProgressSink) -> dict[str, Path]:
+    def _fetch(
+        self, wanted: dict[str, Package], scratch: Path, line: LineSink, progress: ProgressSink
+    ) -> dict[str, Path]:
         """Download and verify; name -> file, named as the store wants it."""
         if not wanted:
             return {}
@@ -232,7 +271,10 @@ class HostNixBuilder:
             tail.append(text)
             line(text)
             if text.startswith("building "):
-                progress(f"building {text.partition('-')[2].removesuffix('...').removesuffix(chr(39)).removesuffix('.drv')}", None)
+                progress(
+                    f"building {text.partition('-')[2].removesuffix('...').removesuffix(chr(39)).removesuffix('.drv')}",
+                    None,
+                )
 
         try:
             process.run(argv, timeout=BUILD_S, env=self._environment(offline=offline), on_line=take)
@@ -243,7 +285,9 @@ class HostNixBuilder:
                 resolution="the end of the log is above; correct the flake and build again",
             ) from error
         progress(label, 1.0)
-        return collect(sorted(Path(os.readlink(path)) for path in scratch.glob("result*")), resolved, profile, lock_hash)
+        return collect(
+            sorted(Path(os.readlink(path)) for path in scratch.glob("result*")), resolved, profile, lock_hash
+        )
 
 
 def collect(outputs: list[Path], resolved: str, profile: str, lock_hash: str) -> Artifacts:
@@ -255,7 +299,7 @@ def collect(outputs: list[Path], resolved: str, profile: str, lock_hash: str) ->
             raise BuildFailed(
                 f"the flake {resolved} built, but {len(holders)} of its outputs hold {name}, not one",
                 details="\n".join(str(output) for output in outputs),
-                resolution="a kernel output holds vmlinux and initrd, a rootfs output rootfs.ext4, a base output fc-base.json",
+                resolution="the outputs must hold vmlinux and initrd, rootfs.ext4, fc-base.json",
             )
         found[name] = holders[0]
     return Artifacts(

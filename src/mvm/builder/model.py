@@ -43,7 +43,11 @@ class Builder(Protocol):
     """Turns a flake into guest artifacts."""
 
     def build(
-        self, request: BuildRequest, *, on_line: LineSink | None = None, on_progress: ProgressSink | None = None
+        self,
+        request: BuildRequest,
+        *,
+        on_line: LineSink | None = None,
+        on_progress: ProgressSink | None = None,
     ) -> Artifacts:
         """Build synchronously. Raises InvalidInput (profile, flake), Refused (another lock than asked for),
         ResourceExhausted (disk, before starting), MissingPrerequisite (nix, root) and BuildFailed (with the end of

@@ -83,7 +83,9 @@ def parse_lock(untrusted: bytes) -> PackageLock:
     try:
         lock = msgspec.json.decode(untrusted, type=PackageLock)
     except msgspec.DecodeError as error:
-        raise InvalidInput("packages.json is not a package lock", details=str(error), resolution=_RELOCK) from error
+        raise InvalidInput(
+            "packages.json is not a package lock", details=str(error), resolution=_RELOCK
+        ) from error
     problem = _problem(lock)
     if problem:
         raise InvalidInput("packages.json is not a package lock", details=problem, resolution=_RELOCK)
@@ -101,7 +103,11 @@ def _problem(lock: PackageLock) -> str:
     if BOOTSTRAP_PACKAGE not in lock.packages:
         return f"{BOOTSTRAP_PACKAGE} is missing"
     for name, package in lock.packages.items():
-        if not _NAME.fullmatch(name) or not _VERSION.fullmatch(package.version) or not _SHA256.fullmatch(package.sha256):
+        if (
+            not _NAME.fullmatch(name)
+            or not _VERSION.fullmatch(package.version)
+            or not _SHA256.fullmatch(package.sha256)
+        ):
             return f"package {ascii(name)[:80]} has a malformed name, version or sha256"
         if package.file != package_file(name, package.version) or package.size < 0:
             return f"package {name} has a wrong file name or size"
@@ -116,13 +122,18 @@ def parse_seeds(untrusted: bytes) -> dict[str, Seed]:
     try:
         return msgspec.json.decode(untrusted, type=dict[str, Seed])
     except msgspec.DecodeError as error:
-        raise InvalidInput("seeds.json is malformed", details=str(error), resolution="compare it with the one shipped") from error
+        raise InvalidInput(
+            "seeds.json is malformed", details=str(error), resolution="compare it with the one shipped"
+        ) from error
 
 
 def render_lock(lock: PackageLock) -> bytes:
     """One package per line, sorted: a relock's diff reads as a list of upgrades."""
     plain = msgspec.to_builtins(lock)
-    lines = [f"    {json.dumps(k)}: {json.dumps(plain['packages'][k], sort_keys=True)}" for k in sorted(plain["packages"])]
+    lines = [
+        f"    {json.dumps(k)}: {json.dumps(plain['packages'][k], sort_keys=True)}"
+        for k in sorted(plain["packages"])
+    ]
     sets = [f"    {json.dumps(k)}: {json.dumps(sorted(plain['sets'][k]))}" for k in sorted(plain["sets"])]
     return (
         "{\n"
@@ -137,5 +148,9 @@ def render_flake_lock(packages_nar_sha256: str) -> bytes:
     """flake.lock as nix writes it for a flake whose only input is the relative path ./packages."""
     locked = {"lastModified": 1, "narHash": sri(packages_nar_sha256), "path": "./packages", "type": "path"}
     node = {"flake": False, "locked": locked, "original": {"path": "./packages", "type": "path"}}
-    whole = {"nodes": {"packages": node, "root": {"inputs": {"packages": "packages"}}}, "root": "root", "version": 7}
+    whole = {
+        "nodes": {"packages": node, "root": {"inputs": {"packages": "packages"}}},
+        "root": "root",
+        "version": 7,
+    }
     return (json.dumps(whole, indent=2, sort_keys=True) + "\n").encode()

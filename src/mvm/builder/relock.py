@@ -50,7 +50,11 @@ def select(seed: Seed, resolved: dict[str, str]) -> list[str]:
     only = re.compile(seed.only) if seed.only else None
     kept = [name for name in resolved if name not in seed.exclude and (only is None or only.fullmatch(name))]
     if not kept:
-        raise InvalidInput("a package set resolves to nothing", details=f"seed: {seed}", resolution="correct packages/seeds.json")
+        raise InvalidInput(
+            "a package set resolves to nothing",
+            details=f"seed: {seed}",
+            resolution="correct packages/seeds.json",
+        )
     return sorted(kept)
 
 
@@ -118,7 +122,10 @@ def relock(flake_dir: Path, *, on_line: Callable[[str], None] | None = None) -> 
     write_atomic(flake_dir / "flake.lock", render_flake_lock(nar_sha256(flake_dir / "packages")), mode=0o644)
     names = sorted(old.keys() | lock.packages.keys())
     changes = {
-        name: (old[name].version if name in old else None, lock.packages[name].version if name in lock.packages else None)
+        name: (
+            old[name].version if name in old else None,
+            lock.packages[name].version if name in lock.packages else None,
+        )
         for name in names
         if (old.get(name) and old[name].sha256) != (lock.packages.get(name) and lock.packages[name].sha256)
     }

@@ -78,7 +78,13 @@ def _node(path: Path) -> Iterator[bytes]:
     elif stat.S_ISDIR(mode):
         yield _string(b"directory")
         for name in sorted(os.listdir(path), key=os.fsencode):
-            yield _string(b"entry") + _string(b"(") + _string(b"name") + _string(os.fsencode(name)) + _string(b"node")
+            yield (
+                _string(b"entry")
+                + _string(b"(")
+                + _string(b"name")
+                + _string(os.fsencode(name))
+                + _string(b"node")
+            )
             yield from _node(path / name)
             yield _string(b")")
     else:
