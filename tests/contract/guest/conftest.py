@@ -41,10 +41,15 @@ class Agent:
         log.close()
         theirs.close()
         until = time.monotonic() + 20
-        while not self.path.exists():
+        while not self._listens():
             assert self.process.poll() is None, (tmp_path / "agent.log").read_text()
             assert time.monotonic() < until
             time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        """The path appears with bind, a moment before listen."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.path)) == 0
 
     def channel(self) -> GuestChannel:
         return connect(self.path, deadline=time.monotonic() + 10)

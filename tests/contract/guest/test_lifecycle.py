@@ -13,12 +13,13 @@ import pytest
 import mvm.guest
 from mvm.hostd.guest_channel import GuestChannel, GuestRefusal
 
-# Modules of Debian's python3.11-minimal and libpython3.11-minimal that the agent may load, and nothing else.
+# What the agent may load, and nothing else: modules of Debian's python3.11-minimal and libpython3.11-minimal, and
+# ctypes with its extension, which the image adds for mount(2).
 ALLOWED = {
     "__future__", "__main__", "_abc", "_codecs", "_collections_abc", "_frozen_importlib", "_frozen_importlib_external",
     "_imp", "_io", "_signal", "_socket", "_stat", "_struct", "_thread", "_warnings", "_weakref", "abc", "builtins",
     "codecs", "encodings", "errno", "fcntl", "gc", "genericpath", "io", "marshal", "math", "os", "posix", "posixpath",
-    "pwd", "select", "stat", "struct", "sys", "time", "zipimport",
+    "_ctypes", "ctypes", "types", "pwd", "select", "stat", "struct", "sys", "time", "zipimport",
 }  # fmt: skip
 
 
