@@ -145,7 +145,8 @@ def _write_config(folder: Path, lists: Path | None) -> Path:
     kept = [line for line in dump.splitlines() if _KEPT.match(line)]
     own = {
         "Dir::Etc::main": "/dev/null", "Dir::Etc::parts": "/dev/null", "Dir::Etc::preferences": f"{folder}/preferences",
-        "Dir::Etc::preferencesparts": "/dev/null", "Dir::State::status": f"{folder}/status", "Dir::Cache": f"{folder}/cache",
+        "Dir::Etc::preferencesparts": "/dev/null", "Dir::State::status": f"{folder}/status",
+        "Dir::Cache": f"{folder}/cache",
         "APT::Architecture": "amd64", "APT::Architectures": "amd64", "APT::Install-Recommends": "false",
         "APT::Install-Suggests": "false", "Debug::NoLocking": "true", "Acquire::Languages": "none",
     }  # fmt: skip

@@ -26,7 +26,7 @@ _FILE_MAX = 16 << 20
 def embedded_flake_dir() -> Path:
     """The flake shipped with mvm: package data in an installed wheel, `nix/embedded` in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "_embedded", package.parents[1] / "nix/embedded"):
+    for candidate in (package / "_data/nix/embedded", package.parents[1] / "nix/embedded"):
         if (candidate / "flake.nix").is_file():
             return candidate
     raise NotFound(
