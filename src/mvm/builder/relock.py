@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mvm.builder.apt import private_apt
 from mvm.builder.bootstrap import extract_busybox
+from mvm.builder.flakes import lock_hash_of
 from mvm.builder.package_lock import (
     BOOTSTRAP_PACKAGE,
     FORMAT,
@@ -80,8 +81,6 @@ def relock(flake_dir: Path, *, on_line: Callable[[str], None] | None = None) -> 
 
     Raises NotFound (no seeds there), BuildFailed (archive unreachable or without a package that is needed).
     """
-    from mvm.builder.flakes import lock_hash_of
-
     seeds_path, lock_path = flake_dir / "packages/seeds.json", flake_dir / "packages/packages.json"
     if not seeds_path.is_file():
         raise NotFound(
