@@ -29,8 +29,17 @@ class Cpu(NamedTuple):
         return Cpu(self.command - before.command, self.keeper - before.keeper, self.vmm - before.vmm)
 
 
+class Faults(NamedTuple):
+    """Page faults of a process: `minor` found the page in memory, `major` had to wait for it to be read."""
+
+    minor: int
+    major: int
+
+
 def process_seconds(pid: int) -> float:
-    """CPU seconds of a living process so far; 0.0 for one that is gone."""
+    """CPU seconds of a living process so far; 0.0 for one that is gone, and for pid 0."""
+    if pid <= 0:
+        return 0.0
     try:
         return time.clock_gettime((~pid << 3) | _SCHEDULER_CLOCK)
     except OSError:
@@ -38,13 +47,25 @@ def process_seconds(pid: int) -> float:
 
 
 def parent_of(pid: int) -> int:
-    """The parent's pid; 0 for a process that is gone."""
+    """The parent's pid; 0 for a process that is gone, and for pid 0."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def faults(pid: int) -> Faults:
+    """Those of a living process so far, of all its threads."""
+    fields = _stat(pid)
+    return Faults(int(fields[7]), int(fields[9])) if fields else Faults(0, 0)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the command's name, state first; empty if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             text = file.read()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(text[text.rindex(")") + 1 :].split()[1])
+        return []
+    return text[text.rindex(")") + 1 :].split()
 
 
 def of_vm(vmm_pid: int, command: float | None = None) -> Cpu:

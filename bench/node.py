@@ -64,18 +64,30 @@ class Timed(NamedTuple):
     record: InstanceRecord
 
 
+class Step(NamedTuple):
+    """One step of a restore: seconds of wall time, and of CPU in the three processes meanwhile."""
+
+    name: str
+    wall: float
+    cpu: cost.Cpu
+
+
 class Restored(NamedTuple):
     """One restore below the verbs. `core`: from opening the memory to the guest's answer; `wall`: with the assembly of
-    disks, tap and configuration before it; `served`: from the same start as `wall` to the worker's answer.
+    disks, tap and configuration before it; `served`: from the same start as `wall` to the worker's answer. `cpu`,
+    `faults`, `decrypted` (chunks): until the guest's answer, at `answered_at` (time.perf_counter).
     """
 
     wall: float
     core: float
     served: float
     cpu: cost.Cpu
-    steps: tuple[tuple[str, float], ...]
+    steps: tuple[Step, ...]
     report: WakeReport
     decrypted: int
+    faults: cost.Faults
+    began_at: float
+    answered_at: float
 
 
 class Guest:
@@ -203,19 +215,22 @@ class Guest:
         node, context = self._node, self._context()
         ref = context.record.snapshot
         assert ref is not None
-        steps: list[tuple[str, float]] = []
-        used, began = time.process_time(), time.perf_counter()
-        last = began
+        steps: list[Step] = []
+        pid = 0
+        before = spent = cost.Cpu(time.process_time(), 0, 0)
+        began = last = time.perf_counter()
 
         def step(name: str) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            steps.append((name, now - last))
-            last = now
+            nonlocal last, spent
+            now, used = time.perf_counter(), cost.of_vm(pid)
+            steps.append(Step(name, now - last, used.since(spent)))
+            last, spent = now, used
 
         with ExitStack() as opened:
             revision = load_revision(node.facade.store, self.plan)
-            machine = opened.enter_context(assemble(node.facade.store, node.keys, self.plan, revision))
+            machine = opened.enter_context(
+                assemble(node.facade.store, node.keys, self.plan, revision, cold=False)
+            )
             fingerprint = node.driver.fingerprint(machine)
             distrust_ports(context.paths.runtime, range(1, 8))
             step("assemble")
@@ -231,6 +246,7 @@ class Guest:
             step("open memory")
             vm = node.driver.restore(machine, memory)
             opened.callback(vm.close)
+            pid = vm.identity.pid
             step("start VMM")
             if image is not None:
                 image.authenticate()
@@ -243,17 +259,16 @@ class Guest:
                 report = channel.after_wake(timeout=ANSWER_S)
                 answered = time.perf_counter()
                 step("guest answers")
-                now = cost.of_vm(vm.identity.pid)
-                decrypted = memory.decrypted()
+                cpu = spent.since(before)
+                decrypted, faults = memory.decrypted(), cost.faults(pid)
             self.worker.ask("touch", restored=True)
             served = time.perf_counter()
             step("worker answers")
-            cpu = cost.Cpu(now.command - used, now.keeper, now.vmm)
-            result = Restored(
-                answered - began, answered - core, served - began, cpu, tuple(steps), report, decrypted
-            )
             vm.stop(0)
-            return result
+            return Restored(
+                answered - began, answered - core, served - began, cpu, tuple(steps), report, decrypted, faults,
+                began, answered,
+            )  # fmt: skip
 
     def _context(self) -> Context:
         node = self._node
