@@ -67,7 +67,8 @@ class _Common(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {"Options": [], "Common options": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            # Newer versions of click list arguments too; the usage line and the text say what those are.
+            if record is not None and record[1]:
                 groups["Options" if param in self.own else "Common options"].append(record)
         for title, records in groups.items():
             if records:

@@ -25,8 +25,16 @@ INTERRUPTED = 130
 _NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal asked this command to end: it cleans up as after Ctrl-C. `number`: which signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class Interrupted(MvmError):
-    """Ctrl-C."""
+    """Ctrl-C, or a signal that asks to end; then the exit code is 128 and its number."""
 
     exit_code = INTERRUPTED
     kind = "interrupted"
@@ -40,7 +48,9 @@ def report(error: BaseException, app: App) -> int:
         traceback.print_exception(error)
     shown = translated(error, app)
     code = shown.exit_code
-    if app.failure_code is not None and code != INTERRUPTED:
+    if isinstance(error, Terminated):
+        code = 128 + error.number
+    elif app.failure_code is not None and code != INTERRUPTED:
         code = app.failure_code
     if app.json:
         from mvm.cli.app import to_json

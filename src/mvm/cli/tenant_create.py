@@ -52,8 +52,8 @@ mvm tenant create agent --flake github:owner/name --idle-seconds 300
     "data_disk_mib",
     type=SIZE,
     metavar="SIZE",
-    default=2048,
-    show_default="2G",
+    default="2G",
+    show_default=True,
     help="Size of the encrypted data disk, /data in the machine.",
 )
 @click.option(
@@ -101,6 +101,9 @@ def create(app: App, /, tenant: TenantId, **given: Any) -> None:
 
     Nothing is built or started. Creating a tenant again with the same options changes nothing; with other options
     it is refused.
+
+    What --seccomp, --metadata, --egress, --idle-seconds, --min-running, --pinned and the quotas on CPUs, memory and
+    running instances ask for is written down; in this version nothing acts on it yet.
     """
     egress = tuple(EgressRule.parse(rule) for rule in given.pop("egress"))
     if given.pop("no_egress"):
