@@ -142,8 +142,18 @@ class LazyGroup(_Common, click.Group):
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
+class _Carried(Exception):
+    """Takes an interrupt or an OSError past click's own handling of it, which prints and exits in its own way."""
+
+
 class Root(LazyGroup):
     """Turns whatever comes out of a command into an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, OSError) as error:
+            raise _Carried from error
 
     def main(  # type: ignore[override]
         self,
@@ -161,20 +171,25 @@ class Root(LazyGroup):
         try:
             code = super().main(arguments, prog_name or "mvm", obj=app, **extra) or 0
             sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read our output has seen enough.
-            failures.silence_stdout()
-            code = 128 + 13
         except SystemExit:
             raise
         except click.exceptions.Exit as wanted:
             code = wanted.exit_code
-        except BaseException as error:
-            try:
-                code = failures.report(error, app)
-            except BrokenPipeError:
-                code = 1
+        except BaseException as raised:
+            carried = raised.__cause__ if isinstance(raised, _Carried) else None
+            code = _ended(carried or raised, app)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _ended(error: BaseException, app: App) -> int:
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has seen enough.
+        failures.silence_stdout()
+        return 128 + 13
+    try:
+        return failures.report(error, app)
+    except BrokenPipeError:
+        return 1
 
 
 def command(

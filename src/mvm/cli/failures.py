@@ -140,7 +140,9 @@ def _usage(error: click.ClickException) -> InvalidInput:
     hint = getattr(error, "mvm_hint", "")
     if hint:
         resolution = f"{hint} {resolution}"
-    return InvalidInput(brief[:1].lower() + brief[1:], details=details, resolution=resolution)
+    if brief[1:2].islower():
+        brief = brief[:1].lower() + brief[1:]
+    return InvalidInput(brief, details=details, resolution=resolution)
 
 
 def brief_of(error: click.BadParameter) -> str:

@@ -158,6 +158,7 @@ def test_only_what_nothing_refers_to_is_collected(fake: FakeNode, node: Standalo
     first = node.build(ACME)
     assert first.collected == (stray,)
     node.act(ACME, Action.RUN)
+    last = first
     for n in range(12):
         node.pin(ACME, f"github:owner/name/{n}")
         last = node.build(ACME)
