@@ -47,6 +47,11 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     microcode: OptionalName = ""
     host_kernel: OptionalName = ""
 
+    def parts(self) -> dict[str, str]:
+        """Every fact under the name a person knows it by; what is not known is "". Names and values are one line."""
+        facts = {label: str(getattr(self, name) or "") for name, label in _LABELS.items()}
+        return facts | {f"artifact {artifact.name}": artifact.sha256 for artifact in self.artifacts}
+
     def mismatches(self, other: Fingerprint) -> list[str]:
         """One line for each difference, `self` being the snapshot's and `other` this host's; empty if they
         fit."""

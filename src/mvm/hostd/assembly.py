@@ -80,8 +80,13 @@ def require_memory(plan: InstancePlan) -> None:
 
 
 @contextmanager
-def assemble(store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision) -> Iterator[Machine]:
-    """The machine of `plan`. Makes the data disk at the first start and the tenant's bridge where it is missing."""
+def assemble(
+    store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision, *, cold: bool
+) -> Iterator[Machine]:
+    """The machine of `plan`. Makes the tenant's bridge where it is missing, and if `cold` the data disk.
+
+    A woken guest has its disk's content in memory, so for it a missing disk is NotFound and never an empty one.
+    """
     paths = store.instance_paths(plan.instance)
     paths.make()
     net = plan.network
@@ -95,7 +100,7 @@ def assemble(store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revi
             opened.callback(os.close, fd)
             return fd
 
-        if not paths.data_disk.exists():
+        if cold and not paths.data_disk.exists():
             volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
         key_fd = owned(volume.open_key(paths.data_disk, keys, plan.instance))
         tenant = plan.instance.tenant

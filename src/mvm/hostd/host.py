@@ -17,7 +17,7 @@ from mvm.hostd.keys import KeyProvider
 from mvm.hostd.operations.context import ANSWER_S, Context
 from mvm.hostd.operations.sleep import sleep
 from mvm.hostd.operations.start import start
-from mvm.hostd.operations.stop import destroy, stop
+from mvm.hostd.operations.stop import destroy, remove_remains, stop
 from mvm.hostd.operations.wake import wake
 from mvm.hostd.recovery import recover
 from mvm.hostd.stopwatch import Stopwatch
@@ -41,11 +41,13 @@ class Host:
         driver: Driver,
         *,
         fault: Callable[[str], None] = no_fault,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         self._store = store
         self._keys = keys
         self._driver = driver
         self._fault = fault
+        self._lock_wait_s = lock_wait_s
 
     def create_instance(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
         check_plan(plan)
@@ -76,7 +78,16 @@ class Host:
             with self._instance(instance, progress) as context:
                 destroy(context, wipe_volumes=wipe_volumes)
         except NotFound:
-            return
+            if wipe_volumes:
+                self._wipe_kept(instance)
+
+    def _wipe_kept(self, instance: InstanceId) -> None:
+        """Wipe the data disk that an earlier destroy left."""
+        paths = self._store.instance_paths(instance)
+        if paths.volumes.is_dir():
+            with locked(paths.lock, wait=self._lock_wait_s):
+                if not paths.state.exists():
+                    remove_remains(paths, wipe_volumes=True)
 
     def inspect_instance(self, instance: InstanceId) -> InstanceRecord:
         with self._instance(instance, no_progress) as context:
@@ -103,18 +114,39 @@ class Host:
     ) -> Iterator[Context]:
         """The instance under its lock, recovered. With `plan` it is created where there is no record yet."""
         paths = self._store.instance_paths(instance)
-        if plan is not None:
-            paths.make()
-        elif not paths.state.exists():
-            self._store.load_record(instance)  # raises, and says what to do
-        with locked(paths.lock, wait=LOCK_WAIT_S):
-            try:
-                record = self._store.load_record(instance)
-            except NotFound:
-                if plan is None:
-                    raise
-                record = records.new_record(instance, plan.network, now_ns=time.time_ns())
-                self._store.save_record(record)
-            context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)
-            recover(context)
-            yield context
+        while True:
+            if plan is not None:
+                paths.make()
+            elif not paths.state.exists():
+                self._store.load_record(instance)  # raises, and says what to do
+            with locked(paths.lock, wait=self._lock_wait_s):
+                context = self._recovered(instance, progress, plan)
+                if context is not None:
+                    yield context
+                    return
+
+    def _recovered(
+        self, instance: InstanceId, progress: Progress, plan: InstancePlan | None
+    ) -> Context | None:
+        """The instance with nothing pending. None if the last of it was removed just now, and the lock with it."""
+        try:
+            record = self._store.load_record(instance)
+        except NotFound:
+            if plan is None:
+                return None
+            record = records.new_record(instance, plan.network, now_ns=time.time_ns())
+            self._store.save_record(record)
+        context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)
+        recover(context)
+        if context.record.state is State.DESTROYED:
+            remove_remains(context.paths, wipe_volumes=False)
+            return None
+        if plan is not None and plan.network != record.network:
+            raise Conflict(
+                f"{instance} has another address than the plan gives it",
+                details=f"It has {record.network.ip} ({record.network.mac}), the plan {plan.network.ip} "
+                f"({plan.network.mac}).",
+                resolution="Destroy it, which keeps its data disk, and start it again: "
+                + command_for(Action.DESTROY, instance),
+            )
+        return context

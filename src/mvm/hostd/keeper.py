@@ -141,6 +141,16 @@ def anything_left(runtime: Path) -> int | None:
         os.close(fd)
 
 
+def await_end(runtime: Path, *, wait_s: float = 5.0) -> bool:
+    """Wait for a keeper whose VMM has ended to write down how, which it does before it lets go of its lock."""
+    deadline = time.monotonic() + wait_s
+    while anything_left(runtime) is not None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
 def end_leftovers(runtime: Path, *, wait_s: float = 10.0) -> bool:
     """SIGKILL whatever `anything_left` finds, and wait until it is gone; False if there was nothing.
 
@@ -204,9 +214,10 @@ def _keeper(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open("/dev/null", os.O_RDWR)
         stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        me = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _become(program, null, stderr, alive)
+            _become(program, null, stderr, alive, me)
         pidfd = os.pidfd_open(pid)
         for number in (0, 1, 2):
             os.dup2(null, number)
@@ -229,7 +240,7 @@ def _keeper(
         os._exit(0)
 
 
-def _become(program: Program, null: int, stderr: int, alive: int) -> None:
+def _become(program: Program, null: int, stderr: int, alive: int, keeper: int) -> None:
     """In the child: take the descriptors' places, give up everything, execute."""
     try:
         # Above every wanted number first, so that no move overwrites a source.
@@ -245,6 +256,8 @@ def _become(program: Program, null: int, stderr: int, alive: int) -> None:
         os.setresuid(program.uid, program.uid, program.uid)
         # After the change of uid, which clears it.
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != keeper:
+            return  # it died before the line above could tell the kernel
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
@@ -292,12 +305,14 @@ def _drain(console: socket.socket, pidfd: int, log: Path) -> None:
                 return
             poll.unregister(console)  # the VMM closed it and still runs
         if data:
-            if size + len(data) > CONSOLE_LOG_BYTES:
-                os.rename(log, f"{log}.1")
-                os.close(out)
-                out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                size = 0
             try:
+                if size + len(data) > CONSOLE_LOG_BYTES:
+                    os.rename(log, f"{log}.1")
+                    fresh = os.open(
+                        log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+                    )
+                    os.close(out)
+                    out, size = fresh, 0
                 size += os.write(out, data)
             except OSError:
                 pass  # a full disk costs console lines, not the VM

@@ -17,7 +17,7 @@ from mvm.core.lifecycle import Action, Intent, State, settle
 from mvm.core.snapshot import SnapshotRef
 from mvm.hostd import keeper, sealing
 from mvm.hostd.operations.context import Context
-from mvm.hostd.resources import volume
+from mvm.hostd.sealing.layout import SEGMENT_PREFIX
 from mvm.linux import pidfd
 from mvm.linux.files import sweep_temporaries
 
@@ -41,8 +41,6 @@ def _settle_pending(context: Context) -> None:
     sweep_temporaries(context.paths.base)
     if context.paths.volumes.is_dir():
         sweep_temporaries(context.paths.volumes)
-    if context.paths.snapshots.is_dir():
-        sealing.recover(context.paths.snapshots)
     if pending.intent is Intent.QUIESCING and not committed and pending.snapshot is not None:
         # The rename is the commit point, and the record is written after it.
         ref = _committed_snapshot(context, pending.snapshot)
@@ -53,16 +51,9 @@ def _settle_pending(context: Context) -> None:
     end = settle(step, committed=committed, alive=True)
     if end is State.RUNNING and not context.revive():
         end = settle(step, committed=committed, alive=False)
-    if end is not State.RUNNING:
-        context.end_vm(0)
-        context.release()
-        context.release_network()
-    if end in (State.STOPPED, State.DESTROYED, State.FAILED):
-        context.destroy_snapshots()
+    context.settle_host(end)
     error = f"interrupted while {pending.intent}" if end is State.FAILED else ""
     context.save(records.end(context.record, end, now_ns=time.time_ns(), error=error))
-    if end is State.DESTROYED and not context.paths.data_disk.exists():
-        volume.wipe(context.paths.data_disk)
 
 
 def _committed_snapshot(context: Context, wanted: SnapshotId) -> SnapshotRef | None:
@@ -79,6 +70,7 @@ def _committed_snapshot(context: Context, wanted: SnapshotId) -> SnapshotRef | N
         manifest_sha256=digest,
         created_ns=int(latest.stat().st_mtime_ns),
         stored_bytes=sealing.bytes_on_disk(latest),
+        chain=max(0, sum(1 for _ in latest.glob(f"{SEGMENT_PREFIX}*")) - 1),
     )
 
 
@@ -87,14 +79,13 @@ def _check_running(context: Context) -> bool:
     identity = context.process()
     if identity is not None and pidfd.is_alive(identity):
         return False
+    # The keeper writes the status after the VMM has gone, and ends itself then.
+    keeper.await_end(context.paths.runtime)
     orderly = read_exit(context.paths.runtime) == 0
-    context.end_vm(0)
-    context.release()
-    context.release_network()
+    context.settle_host(State.STOPPED if orderly else State.FAILED)
     action = Action.EXIT if orderly else Action.LOSE
     text = "" if orderly else "its VM ended without having been asked to"
     context.save(records.observe(context.record, action, now_ns=time.time_ns(), error=text))
-    context.destroy_snapshots()
     return True
 
 

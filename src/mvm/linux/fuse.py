@@ -123,6 +123,8 @@ class FileServer:
             payload = self._dispatch(opcode, body)
         except OSError as error:
             return [_OUT.pack(_OUT.size, -(error.errno or errno.EIO), unique)]
+        except struct.error:  # a body too short for its operation
+            return [_OUT.pack(_OUT.size, -errno.EPROTO, unique)]
         return [_OUT.pack(_OUT.size + sum(map(len, payload)), 0, unique), *payload]
 
     def _dispatch(self, opcode: int, body: memoryview) -> list[bytes | memoryview]:

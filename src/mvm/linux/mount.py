@@ -44,7 +44,7 @@ def detach(target: str | Path) -> bool:
 def parse_mountinfo(text: str) -> list[tuple[str, str]]:
     """Parse /proc/<pid>/mountinfo into (mount point, file system type) pairs, in mount order."""
     mounts = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: a mount point may hold what Unicode calls a line end
         left, separator, right = line.partition(" - ")
         fields = left.split(" ")
         if not separator or len(fields) < 6:

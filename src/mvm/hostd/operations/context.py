@@ -26,6 +26,7 @@ from mvm.linux.mount import detach, mounts_below
 BOOT_S = 180.0
 """How long a guest may take to its first answer. Software emulation on a busy host needs most of a minute."""
 ANSWER_S = 20.0
+_RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
 _KEPT = frozenset({"logs", "metrics", "fc.final.json"})
 
@@ -58,6 +59,10 @@ class Context:
         self.store.save_record(record)
         self.record = record
 
+    def due(self, action: Action) -> bool:
+        """Whether `action` has anything to do. Conflict if the table forbids it; nothing is written."""
+        return not isinstance(plan_transition(self.record.state, action, self.id), NoOp)
+
     @contextmanager
     def step(self, action: Action, snapshot: SnapshotId | None = None) -> Iterator[bool]:
         """The frame of an operation: intent before, end after, the table's answer to a failure.
@@ -74,17 +79,15 @@ class Context:
         try:
             yield True
             self.fault("before end")
-        except Exception as error:
+        except BaseException as error:  # an interrupt from the keyboard must not leave a guest paused
             pending = self.record.pending
             committed = pending is not None and pending.committed
             end = after_failure(step, committed=committed, alive=True)
             # Asking a guest whether it lives resumes it, so nobody asks where the answer would not matter.
             if end is State.RUNNING and not self.revive():
                 end = after_failure(step, committed=committed, alive=False)
-            if end is not State.RUNNING:
-                self.end_vm(0)
-                self.release()
-            text = error.brief if isinstance(error, MvmError) else repr(error)
+            self.settle_host(end)
+            text = error.brief if isinstance(error, MvmError) else f"{type(error).__name__}: {error}"
             self.save(records.end(self.record, end, now_ns=time.time_ns(), error=text))
             raise
         self.save(records.finish(self.record, now_ns=time.time_ns()))
@@ -120,7 +123,7 @@ class Context:
                 vm.close()
             with self.channel() as channel:
                 channel.after_wake(timeout=ANSWER_S)
-        except MvmError:
+        except (MvmError, OSError):
             return False
         return True
 
@@ -133,13 +136,26 @@ class Context:
 
     def release(self) -> None:
         """Remove what an ended VM leaves: sockets, locks, mounts. Logs and metrics stay."""
-        for point in mounts_below(self.paths.base):
-            detach(point)
+        # Only where mvm mounts anything: an operator may have put the volumes or snapshots on another disk.
+        for folder in (self.paths.runtime, self.paths.jail):
+            for point in mounts_below(folder):
+                detach(point)
         if not self.paths.runtime.is_dir():
             return
         for name in os.listdir(self.paths.runtime):
             if name not in _KEPT:
                 os.unlink(self.paths.runtime / name)
+
+    def settle_host(self, end: State) -> None:
+        """Leave on the host what an instance in the state `end` has, and nothing else; before the record says so."""
+        if end is not State.RUNNING:
+            self.end_vm(0)
+            self.release()
+            self.release_network()
+        if end in (State.RUNNING, State.SLEEPING):
+            self.sweep_snapshots()
+        else:
+            self.destroy_snapshots()
 
     def release_network(self) -> None:
         network.remove_bridge_if_unused(self.record.network.bridge)
@@ -162,6 +178,7 @@ class Context:
                     channel.hello(timeout=max(0.1, min(2.0, deadline - time.monotonic())))
                 return
             except GuestError as error:
+                time.sleep(_RETRY_S)  # a VMM may also refuse at once
                 if not vm.is_alive():
                     raise VmmError(
                         f"the VM of {self.id} ended while it started",
@@ -177,10 +194,15 @@ class Context:
 
     # Snapshots.
 
-    def destroy_snapshots(self) -> None:
-        """Key first, then all the rest."""
+    def sweep_snapshots(self) -> None:
+        """Destroy whatever is not `latest`: half written, or replaced. No VM may run from such a one."""
         if self.paths.snapshots.is_dir():
             sealing.recover(self.paths.snapshots)
+
+    def destroy_snapshots(self) -> None:
+        """Key first, then all the rest."""
+        self.sweep_snapshots()
+        if self.paths.snapshots.is_dir():
             sealing.destroy(self.paths.latest)
 
 

@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack
 
 from mvm.core import record as records
+from mvm.core.errors import MvmError
 from mvm.core.ids import SnapshotId
 from mvm.core.lifecycle import Action
 from mvm.core.snapshot import SleepReceipt, SnapshotRef
@@ -21,6 +22,8 @@ from mvm.hostd.operations.context import Context
 from mvm.hostd.operations.snapshots import identity_of, open_latest
 from mvm.hostd.sealing.directory import NEW_PREFIX
 
+QUIESCE_S = 120.0
+"""How long a guest may take to write its dirty pages to its disk."""
 _PAGE = sealing.PAGE
 _CHUNK_PAGES = sealing.CHUNK // sealing.PAGE
 
@@ -33,13 +36,23 @@ def sleep(context: Context) -> None:
             return
         context.watch.phase("quiesce guest")
         with context.channel() as channel:
-            channel.prepare_sleep()
+            channel.prepare_sleep(timeout=QUIESCE_S)
         context.fault("quiesced")
         ref, info, resident = _seal(context, snapshot)
         context.fault("sealed")
         context.watch.phase("commit")
-        replaced = sealing.commit(context.paths.snapshots / f"{NEW_PREFIX}{snapshot}", context.paths.latest)
-        context.fault("renamed")
+        try:
+            replaced = sealing.commit(
+                context.paths.snapshots / f"{NEW_PREFIX}{snapshot}", context.paths.latest
+            )
+            context.fault("renamed")
+        except BaseException:
+            # The rename may have happened all the same (a failed sync, an interrupt). Then it sleeps: the image that
+            # the guest runs from is no longer `latest` and will be destroyed.
+            if _is_latest(context, snapshot):
+                context.record = records.note(context.record, snapshot=ref)
+                context.commit()
+            raise
         context.record = records.note(context.record, snapshot=ref)
         context.commit()
         context.watch.phase("release")
@@ -61,6 +74,13 @@ def sleep(context: Context) -> None:
                 phases=phases,
             ),
         )
+
+
+def _is_latest(context: Context, snapshot: SnapshotId) -> bool:
+    try:
+        return sealing.peek(context.paths.latest)[0].snapshot == snapshot
+    except MvmError:
+        return False
 
 
 def _seal(context: Context, snapshot: SnapshotId) -> tuple[SnapshotRef, sealing.SealedInfo, int]:

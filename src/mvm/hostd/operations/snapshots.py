@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mvm.core import codec
 from mvm.core.errors import VmmError
 from mvm.core.ids import SnapshotId
 from mvm.core.snapshot import Fingerprint, SnapshotRef
@@ -20,7 +19,7 @@ def identity_of(
     found = fingerprint if fingerprint is not None else context.record.fingerprint
     if found is None:
         raise VmmError(f"{context.id} has no VM whose fingerprint is known")
-    return sealing.SnapshotIdentity(context.id, snapshot, codec.encode(found))
+    return sealing.SnapshotIdentity(context.id, snapshot, sealing.render_fingerprint(found.parts()))
 
 
 def open_latest(

@@ -15,6 +15,8 @@ def start(context: Context, plan: InstancePlan) -> None:
     Everything that can be refused is refused before the record changes. A snapshot of an earlier life goes first: its
     memory is older than the disk from the first write on.
     """
+    if not context.due(Action.RUN):
+        return
     revision = load_revision(context.store, plan)
     context.driver.version()
     require_memory(plan)
@@ -27,7 +29,7 @@ def start(context: Context, plan: InstancePlan) -> None:
         context.destroy_snapshots()
         context.watch.phase("verify artifacts")
         verify_artifacts(context.store, revision)
-        with assemble(context.store, context.keys, plan, revision) as machine:
+        with assemble(context.store, context.keys, plan, revision, cold=True) as machine:
             context.watch.phase("check acceleration")
             fingerprint = context.driver.fingerprint(machine)
             context.watch.phase("start VMM")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from mvm.core.errors import MvmError
 from mvm.core.lifecycle import Action, State
 from mvm.hostd.operations.context import Context
 from mvm.hostd.resources import volume
+from mvm.hostd.store import InstancePaths
 from mvm.linux import pidfd
 from mvm.linux.files import remove_tree
 from mvm.linux.process import wait_readable
 
+AGREE_S = 10.0
+"""How long a guest may take to say that it will go down."""
 GUEST_S = 30.0
 TERM_S = 5.0
 
@@ -37,12 +41,20 @@ def destroy(context: Context, *, wipe_volumes: bool) -> None:
             context.release_network()
             if wipe_volumes:
                 volume.wipe(context.paths.data_disk)
-    for folder in (context.paths.runtime, context.paths.snapshots, context.paths.jail):
+    remove_remains(context.paths, wipe_volumes=wipe_volumes)
+
+
+def remove_remains(paths: InstancePaths, *, wipe_volumes: bool) -> None:
+    """Remove the files of a destroyed instance, under its lock; its record goes last. Repeatable after a crash."""
+    for folder in (paths.runtime, paths.snapshots, paths.jail):
         remove_tree(folder)
-    if wipe_volumes or not context.paths.data_disk.exists():
-        remove_tree(context.paths.base)
+    # The key goes before the image: an image without one is what a wipe cut short left.
+    if wipe_volumes or not volume.key_path(paths.data_disk).exists():
+        volume.wipe(paths.data_disk)
+    if paths.data_disk.exists():
+        paths.state.unlink(missing_ok=True)
     else:
-        context.paths.state.unlink(missing_ok=True)
+        remove_tree(paths.base)
 
 
 def _end(context: Context) -> None:
@@ -60,12 +72,10 @@ def _ask_guest(context: Context) -> None:
     handle = None if identity is None else pidfd.open_pidfd(identity)
     if handle is None:
         return
-    import os
-
     try:
         began = time.monotonic()
         with context.channel(timeout=5.0) as channel:
-            channel.shutdown(reboot=True, timeout=10.0)
+            channel.shutdown(reboot=True, timeout=AGREE_S)
         wait_readable(handle, max(0.0, GUEST_S - (time.monotonic() - began)))
     except MvmError:
         return

@@ -12,10 +12,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from mvm.core import record as records
-from mvm.core.errors import IntegrityError
+from mvm.core.errors import IntegrityError, MvmError, NotFound
 from mvm.core.lifecycle import Action, command_for
 from mvm.core.plan import InstancePlan
 from mvm.core.snapshot import WakeReceipt
+from mvm.hostd import sealing
 from mvm.hostd.assembly import assemble, load_revision, require_memory
 from mvm.hostd.guest_channel import distrust_ports
 from mvm.hostd.operations.context import ANSWER_S, Context
@@ -25,6 +26,8 @@ from mvm.hostd.pager import open_memory
 
 def wake(context: Context, plan: InstancePlan) -> None:
     """Restore and go on. IntegrityError (damaged, foreign, made under something else) leaves it sleeping."""
+    if not context.due(Action.WAKE):
+        return
     context.watch.phase("open snapshot")
     revision = load_revision(context.store, plan)
     require_memory(plan)
@@ -34,7 +37,9 @@ def wake(context: Context, plan: InstancePlan) -> None:
             return
         try:
             with ExitStack() as opened:
-                machine = opened.enter_context(assemble(context.store, context.keys, plan, revision))
+                machine = opened.enter_context(
+                    assemble(context.store, context.keys, plan, revision, cold=False)
+                )
                 fingerprint = context.driver.fingerprint(machine)
                 image = opened.enter_context(open_latest(context, ref, fingerprint))
                 state = image.state()
@@ -66,7 +71,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
                     channel.after_wake(timeout=ANSWER_S)
                 phases, total = context.watch.stop()
                 decrypted, chunks = memory.decrypted(), image.chunk_count
-        except IntegrityError as error:
+        except (IntegrityError, NotFound) as error:
             raise _refused(context, error) from error
         context.record = records.note(
             context.record,
@@ -81,11 +86,15 @@ def wake(context: Context, plan: InstancePlan) -> None:
         )
 
 
-def _refused(context: Context, error: IntegrityError) -> IntegrityError:
-    """The same refusal, with the way on: the snapshot is not used, the instance still sleeps."""
+def _refused(context: Context, error: MvmError) -> IntegrityError:
+    """The refusal with the way on: the snapshot is not used, the instance still sleeps."""
     stop, run = (command_for(action, context.id) for action in (Action.STOP, Action.RUN))
-    return type(error)(
-        f"{context.id} cannot be woken: {error.brief}",
-        details=error.details,
-        resolution=f"It still sleeps. To give up its memory and start it cold: {stop} && {run}",
-    )
+    brief = f"{context.id} cannot be woken: {error.brief}"
+    refused = IntegrityError(brief)
+    if isinstance(error, sealing.FingerprintMismatch):
+        refused = sealing.FingerprintMismatch(error.differences)
+        refused.args = (brief,)
+    refused.brief = brief
+    refused.details = error.details
+    refused.resolution = f"It still sleeps. To give up its memory and start it cold: {stop} && {run}"
+    return refused

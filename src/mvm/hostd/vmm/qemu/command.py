@@ -37,8 +37,18 @@ def accel_args(accel: str) -> list[str]:
     return ["-accel", f"tcg,tb-size={_TRANSLATION_MIB}", "-cpu", "max"]
 
 
-def command(qemu: str, machine: Machine, accel: str, *, restored: bool) -> list[str]:
-    """The argument list. `restored`: memory comes from descriptor MEMORY_FD and QEMU waits for device state."""
+def kernel_args(accel: str, tsc_khz: int) -> str:
+    """What the guest kernel is told beside its configuration, because it runs on this machine type.
+
+    `tsc_early_khz`: under emulation the kernel measures the TSC against a PIT that lags on a busy host, finds nothing
+    usable and hangs; QEMU shows it the host's TSC, so it is told the host's rate (guest time follows it).
+    `reboot=t`: there is no keyboard controller whose reset line `reboot=k` could pull; a triple fault ends QEMU at once.
+    """
+    return f"reboot=t tsc_early_khz={tsc_khz}" if accel == "tcg" else "reboot=t"
+
+
+def command(qemu: str, machine: Machine, accel: str, *, extra: str = "", restored: bool) -> list[str]:
+    """The argument list. `restored`: memory comes from descriptor MEMORY_FD and QEMU waits for device state. `extra`: appended to the boot arguments."""
     argv = [
         qemu, "-name", machine.name, "-M", _MACHINE, *accel_args(accel),
         "-m", str(machine.mem_mib), "-smp", str(machine.vcpus),
@@ -46,7 +56,7 @@ def command(qemu: str, machine: Machine, accel: str, *, restored: bool) -> list[
         "-sandbox", _SANDBOX, "-global", "migration.send-configuration=off",
         "-chardev", f"socket,id=qmp,fd={QMP_FD},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         "-chardev", f"socket,id=console,fd={CONSOLE_FD}", "-serial", "chardev:console",
-        "-object", _memory(machine, restored), *(_INCOMING if restored else _boot(machine)),
+        "-object", _memory(machine, restored), *(_INCOMING if restored else _boot(machine, extra)),
         "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng",
         "-device", "virtio-serial-device,max_ports=16",
     ]  # fmt: skip
@@ -65,9 +75,9 @@ def command(qemu: str, machine: Machine, accel: str, *, restored: bool) -> list[
 _INCOMING = ("-incoming", "defer")
 
 
-def _boot(machine: Machine) -> Sequence[str]:
+def _boot(machine: Machine, extra: str) -> Sequence[str]:
     files = ("-kernel", f"/proc/self/fd/{KERNEL_FD}", "-initrd", f"/proc/self/fd/{INITRD_FD}")
-    return (*files, "-append", machine.boot_args)
+    return (*files, "-append", f"{machine.boot_args} {extra}".rstrip())
 
 
 def _memory(machine: Machine, restored: bool) -> str:

@@ -30,12 +30,12 @@ from mvm.linux.pidfd import is_alive, terminate
 from mvm.linux.process import find_program, run
 from mvm.linux.procmem import ProcessMemory
 from mvm.linux.sockets import listen_unix
+from mvm.linux.tsc import tsc_khz
 
 QEMU = "qemu-system-x86_64"
 QMP_SOCKET = "qmp.sock"
 _STATE_MAX = 64 << 20
 _START_S, _CALL_S, _LOAD_S = 30.0, 10.0, 30.0
-_FDSET_STATE = 99
 _VERSION = re.compile(r"version (\d+\.\d+\.\d+)(?: \(([^)]{1,80})\))?")
 _ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
 
@@ -127,7 +127,9 @@ class QemuDriver:
 
     def _launch(self, machine: Machine, memory: GuestMemory | None) -> QemuVm:
         accel = self.acceleration(machine.kernel, machine.initrd).accel
-        argv = layout.command(self.program(), machine, accel, restored=memory is not None)
+        # A restored guest's kernel has read its arguments already.
+        extra = layout.kernel_args(accel, tsc_khz() if accel == "tcg" else 0) if memory is None else ""
+        argv = layout.command(self.program(), machine, accel, extra=extra, restored=memory is not None)
         groups = [os.stat("/dev/kvm").st_gid] if accel == "kvm" else []
         opened: list[int] = []
         sockets: list[socket.socket] = []
@@ -196,6 +198,8 @@ class QemuVm:
                 self._qmp = Qmp(self._runtime / QMP_SOCKET, timeout=_START_S)
             return self._qmp.call(command, fds=fds, timeout=timeout, **arguments)
         except VmmError as error:
+            if self._qmp is not None and self._qmp.broken:
+                self.close()
             if self.is_alive():
                 raise
             raise VmmError(
@@ -222,11 +226,18 @@ class QemuVm:
             # A descriptor set hands out only what matches the access mode asked for, and QEMU opens write-only.
             writer = os.open(f"/proc/self/fd/{reader}", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                self._call("add-fd", fds=(writer,), fdset_id=_FDSET_STATE)
+                # A set of its own: one that a save cut short left behind still names that save's file.
+                added = self._call("add-fd", fds=(writer,))
             finally:
                 os.close(writer)
-            self._call("xen-save-devices-state", filename=f"/dev/fdset/{_FDSET_STATE}", live=False)
-            self._call("remove-fd", fdset_id=_FDSET_STATE)
+            number = added.get("fdset-id") if isinstance(added, Mapping) else None
+            if not isinstance(number, int):
+                raise VmmError("QEMU did not take the file for its device state", details=repr(added)[:200])
+            try:
+                self._call("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False)
+            finally:
+                if self.is_alive():
+                    self._call("remove-fd", fdset_id=number)
             return _read_bounded(reader)
         finally:
             os.close(reader)
@@ -269,10 +280,20 @@ class QemuVm:
         if found is None:
             raise VmmError("QEMU does not say where the guest's memory is", details=told[:200])
         try:
-            with ProcessMemory(self._vmm.pid, int(found[1], 16), self._size) as memory:
+            memory = ProcessMemory(self._vmm.pid, int(found[1], 16), self._size)
+        except ValueError as error:
+            raise VmmError(
+                "QEMU names an impossible address for the guest's memory", details=told[:200]
+            ) from error
+        except OSError as error:
+            raise VmmError("QEMU's memory cannot be read", details=str(error)) from error
+        with memory:
+            try:
                 yield memory
-        except ProcessLookupError as error:
-            raise VmmError("QEMU ended while its memory was read", details=str(error)) from error
+            except OSError as error:
+                if self.is_alive():
+                    raise
+                raise VmmError("QEMU ended while its memory was read", details=str(error)) from error
 
     def stop(self, grace_s: float) -> None:
         self.close()

@@ -61,7 +61,7 @@ def probe_command(qemu: str, kernel: Path, initrd: Path) -> list[str]:
     return [
         qemu, "-M", "microvm,pit=on,pic=on,rtc=on,acpi=on,x-option-roms=off", *accel_args("kvm"),
         "-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-kernel", str(kernel), "-initrd", str(initrd), "-append", "console=ttyS0 quiet reboot=k panic=-1 mvm.probe",
+        "-kernel", str(kernel), "-initrd", str(initrd), "-append", "console=ttyS0 quiet reboot=t panic=-1 mvm.probe",
         "-serial", "stdio",
     ]  # fmt: skip
 

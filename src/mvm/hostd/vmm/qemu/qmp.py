@@ -20,10 +20,14 @@ _LINE_MAX = 1 << 20
 
 
 class Qmp:
-    """A connection to the monitor at `path`. Raises VmmError for everything that goes wrong, time-outs included."""
+    """A connection to the monitor at `path`. Raises VmmError for everything that goes wrong, time-outs included.
+
+    `broken`: out of step or lost; nothing but `close` makes sense any more.
+    """
 
     def __init__(self, path: Path, *, timeout: float) -> None:
         self._buffer = b""
+        self.broken = False
         try:
             self._socket = connect_unix(path, timeout=timeout)
         except OSError as error:
@@ -49,6 +53,7 @@ class Qmp:
             else:
                 self._socket.sendall(request)
         except OSError as error:
+            self.broken = True
             raise VmmError("QEMU is gone", details=f"{command}: {error}") from error
         while True:
             answer = self._line(deadline)
@@ -60,6 +65,14 @@ class Qmp:
                 raise VmmError(f"QEMU refused {command}", details=text)
 
     def _line(self, deadline: float) -> dict[str, Any]:
+        try:
+            return self._read_line(deadline)
+        except VmmError:
+            # The answer may still come, and would be taken for that to the next request.
+            self.broken = True
+            raise
+
+    def _read_line(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or len(self._buffer) > _LINE_MAX:
@@ -77,7 +90,7 @@ class Qmp:
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             answer = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VmmError("QEMU's monitor sent something that is not JSON") from error
         if not isinstance(answer, dict):
             raise VmmError("QEMU's monitor sent something that is not an object")
