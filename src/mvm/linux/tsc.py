@@ -1,6 +1,6 @@
 """How fast this host's time-stamp counter runs, measured.
 
-No file tells it reliably: `cpu MHz` in /proc/cpuinfo is the core's present clock on machines that change it. So RDTSC is
+No file tells it reliably: `cpu MHz` in /proc/cpuinfo is the core's present clock where that changes. So RDTSC is
 executed twice and compared with CLOCK_MONOTONIC. The instruction lives in a memfd mapped readable and executable, never
 writable, so that it also works where writable-and-executable memory is denied.
 """
@@ -42,4 +42,4 @@ def tsc_khz(over_s: float = 0.05) -> int:
         ended, last = time.monotonic_ns(), read()
     finally:
         _libc.munmap(address, size)
-    return int(round((last - first) * 1_000_000 / (ended - began)))
+    return round((last - first) * 1_000_000 / (ended - began))

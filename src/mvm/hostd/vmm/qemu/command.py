@@ -42,13 +42,16 @@ def kernel_args(accel: str, tsc_khz: int) -> str:
 
     `tsc_early_khz`: under emulation the kernel measures the TSC against a PIT that lags on a busy host, finds nothing
     usable and hangs; QEMU shows it the host's TSC, so it is told the host's rate (guest time follows it).
-    `reboot=t`: there is no keyboard controller whose reset line `reboot=k` could pull; a triple fault ends QEMU at once.
+    `reboot=t`: there is no keyboard controller whose reset line `reboot=k` could pull; a triple fault works.
     """
     return f"reboot=t tsc_early_khz={tsc_khz}" if accel == "tcg" else "reboot=t"
 
 
 def command(qemu: str, machine: Machine, accel: str, *, extra: str = "", restored: bool) -> list[str]:
-    """The argument list. `restored`: memory comes from descriptor MEMORY_FD and QEMU waits for device state. `extra`: appended to the boot arguments."""
+    """The argument list. `restored`: memory comes from descriptor MEMORY_FD and QEMU waits for device state.
+
+    `extra`: appended to the boot arguments of a cold start.
+    """
     argv = [
         qemu, "-name", machine.name, "-M", _MACHINE, *accel_args(accel),
         "-m", str(machine.mem_mib), "-smp", str(machine.vcpus),
