@@ -42,4 +42,5 @@ def tsc_khz(over_s: float = 0.05) -> int:
         ended, last = time.monotonic_ns(), read()
     finally:
         _libc.munmap(address, size)
-    return round((last - first) * 1_000_000 / (ended - began))
+    khz: int = round((last - first) * 1_000_000 / (ended - began))
+    return khz
