@@ -173,15 +173,14 @@ class Vmm:
         listener = socket.socket(fileno=MONITOR_FD)
         while True:
             client, _ = listener.accept()
-            with client, client.makefile("rwb") as stream:
+            with client, client.makefile("rb") as stream:
                 try:
                     for line in stream:
                         request = json.loads(line)
                         answer = getattr(self, f"do_{request['do']}")(request)
-                        stream.write(json.dumps(answer).encode() + b"\n")
-                        stream.flush()
+                        client.sendall(json.dumps(answer).encode() + b"\n")
                 except OSError:
-                    continue
+                    continue  # it was killed before it heard the answer
 
 
 def serve_guest(vmm: Vmm, channels: list[_socket.socket]) -> None:

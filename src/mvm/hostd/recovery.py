@@ -24,6 +24,8 @@ from mvm.linux.files import sweep_temporaries
 
 def recover(context: Context) -> bool:
     """Bring record and host into agreement. True if anything had to be done. Takes no time where nothing has."""
+    # A command killed while it wrote its very intent left that half written, and nothing in the record.
+    sweep_temporaries(context.paths.base)
     if context.record.pending is not None:
         context.watch.phase("recover")
         _settle_pending(context)
@@ -38,7 +40,6 @@ def _settle_pending(context: Context) -> None:
     assert pending is not None
     step = records.pending_step(context.record)
     committed = pending.committed
-    sweep_temporaries(context.paths.base)
     if context.paths.volumes.is_dir():
         sweep_temporaries(context.paths.volumes)
     if pending.intent is Intent.QUIESCING and not committed and pending.snapshot is not None:
