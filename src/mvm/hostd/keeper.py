@@ -151,8 +151,10 @@ def await_end(runtime: Path, *, wait_s: float = 5.0) -> bool:
     return True
 
 
-def end_leftovers(runtime: Path, *, wait_s: float = 10.0) -> bool:
+def end_leftovers(runtime: Path, *, grace_s: float = 0.0, wait_s: float = 10.0) -> bool:
     """SIGKILL whatever `anything_left` finds, and wait until it is gone; False if there was nothing.
+
+    `grace_s`: how long a keeper whose VMM has just been ended may take to reap it and end by itself.
 
     The pid cannot have been reused: while the lock is held by that keeper it is alive, and when it is not, the VMM
     that still holds the lock has its death signal already.
@@ -160,9 +162,10 @@ def end_leftovers(runtime: Path, *, wait_s: float = 10.0) -> bool:
     found = anything_left(runtime)
     if found is None:
         return False
-    deadline = time.monotonic() + wait_s
+    began = time.monotonic()
+    deadline = began + wait_s
     while (found := anything_left(runtime)) is not None:
-        if found > 0 and _is_keeper(found):
+        if found > 0 and time.monotonic() - began >= grace_s and _is_keeper(found):
             try:
                 os.kill(found, signal.SIGKILL)
             except ProcessLookupError:

@@ -26,6 +26,7 @@ from mvm.linux.mount import detach, mounts_below
 BOOT_S = 180.0
 """How long a guest may take to its first answer. Software emulation on a busy host needs most of a minute."""
 ANSWER_S = 20.0
+_REAP_S = 2.0
 _RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
 _KEPT = frozenset({"logs", "metrics", "fc.final.json"})
@@ -132,7 +133,8 @@ class Context:
         identity = self.process()
         if identity is not None:
             pidfd.terminate(identity, grace_s)
-        keeper.end_leftovers(self.paths.runtime)
+        # Killed before it has reaped the VMM, the keeper would leave a zombie to init.
+        keeper.end_leftovers(self.paths.runtime, grace_s=0.0 if identity is None else _REAP_S)
 
     def release(self) -> None:
         """Remove what an ended VM leaves: sockets, locks, mounts. Logs and metrics stay."""
