@@ -27,7 +27,7 @@ class App:
     """The object of every click context (`current(ctx)`)."""
 
     def __init__(self, opener: Callable[[App], Standalone] | None = None) -> None:
-        self.root = os.environ.get("MVM_ROOT") or DEFAULT_ROOT
+        self.root = os.path.abspath(os.environ.get("MVM_ROOT") or DEFAULT_ROOT)
         self.json = False
         self.quiet = False
         self.debug = False

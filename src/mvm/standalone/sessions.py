@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mvm.core.errors import Conflict, GuestError
+from mvm.core.errors import Conflict
 from mvm.core.lifecycle import Action, State, command_for
 
 if TYPE_CHECKING:
@@ -23,28 +23,19 @@ def session(
     node.store.load_spec(instance.tenant)
     with node.journal.entry(f"instance.{action}", instance.tenant, instance, command=command):
         record = node.store.load_record(instance)
-        if record.state is not State.RUNNING or record.pending is not None:
-            raise not_running(instance, record.state)
-        try:
-            channel = node.host.channel(instance)
-        except GuestError:
-            _explain(node, instance)
-            raise
-        with channel as opened:
-            yield opened
+        # As recorded; whether it still runs is what the host looks at when it opens the channel.
+        if record.state is not State.RUNNING:
+            raise _not_running(node, instance, record.state)
+        with node.host.channel(instance) as channel:
+            yield channel
 
 
-def _explain(node: Standalone, instance: InstanceId) -> None:
-    """Nobody answers: if that is because the VM is gone by now, say that instead."""
-    state = node.inspect(instance).state
-    if state is not State.RUNNING:
-        raise not_running(instance, state)
-
-
-def not_running(instance: InstanceId, state: State) -> Conflict:
+def _not_running(node: Standalone, instance: InstanceId, state: State) -> Conflict:
     action = Action.WAKE if state is State.SLEEPING else Action.RUN
+    alone = len(node.store.instances(instance.tenant)) == 1
+    command = command_for(action, instance.tenant if alone else instance)
     return Conflict(
         f"{instance} is not running",
         details=f"It is {state}.",
-        resolution=f"{'Wake' if action is Action.WAKE else 'Start'} it with: {command_for(action, instance)}",
+        resolution=f"{'Wake' if action is Action.WAKE else 'Start'} it with: {command}",
     )

@@ -24,7 +24,7 @@ from mvm.core.errors import Conflict, NotFound
 from mvm.core.ids import InstanceId, TenantId
 from mvm.core.spec import TenantSpec
 from mvm.linux.files import ensure_dir, wipe
-from mvm.standalone import instances
+from mvm.standalone import builds, instances
 
 if TYPE_CHECKING:
     from mvm.standalone.facade import Standalone
@@ -163,6 +163,7 @@ def destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress:
             wipe(home / "spec.json")
         kept_text = ", ".join(i.dir_name for i in kept)
         note.add(detail=f"volumes and keys kept: {kept_text}" if kept else "keys destroyed")
+    builds.collect_quietly(node)
     return Destroyed(existed=True, instances=gone, kept_volumes=kept)
 
 

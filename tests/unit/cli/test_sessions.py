@@ -113,7 +113,7 @@ def test_a_guest_that_does_not_run(running: Run) -> None:
     running("tenant", "sleep", "acme")
     result = running("tenant", "exec", "acme", "--", "ls")
     assert result.exit_code == 125
-    assert "mvm instance wake acme/default-0" in result.stderr
+    assert "mvm tenant wake acme" in result.stderr
     assert running("tenant", "cp", "acme:/x", "y").exit_code == 11
 
 

@@ -174,8 +174,12 @@ def test_a_session_needs_a_running_guest(fake: FakeNode, node: Standalone) -> No
     node.act(ACME, Action.SLEEP)
     with pytest.raises(Conflict) as refusal, node.session(FIRST, "exec", ("mvm",)):
         pass
-    assert "mvm instance wake acme/default-0" in refusal.value.resolution
+    assert "mvm tenant wake acme" in refusal.value.resolution
     assert fake.entries("acme")[-1] == ("instance.exec", "refused")
+    node.create_pool(ACME, PoolId("web"), {"count": 1})
+    with pytest.raises(Conflict) as refusal, node.session(FIRST, "exec", ("mvm",)):
+        pass
+    assert "mvm instance wake acme/default-0" in refusal.value.resolution
 
 
 @pytest.mark.req("O2")

@@ -167,6 +167,8 @@ def test_only_what_nothing_refers_to_is_collected(fake: FakeNode, node: Standalo
     assert len(left) == 11
     assert first.built.revision in left
     assert last.built.revision in left
+    node.destroy(ACME, wipe_volumes=True)
+    assert not list(fake.store.revisions_dir.iterdir())
 
 
 @pytest.mark.req("B5")
