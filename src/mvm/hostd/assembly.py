@@ -79,6 +79,11 @@ def require_memory(plan: InstancePlan) -> None:
         )
 
 
+def has_secrets(store: Store, plan: InstancePlan) -> bool:
+    """Whether the tenant was ever given secrets."""
+    return secrets_store.version(store.tenant_dir(plan.instance.tenant) / secrets_store.STORE_NAME) > 0
+
+
 @contextmanager
 def assemble(
     store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision, *, cold: bool
@@ -104,7 +109,7 @@ def assemble(
             volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
         key_fd = owned(volume.open_key(paths.data_disk, keys, plan.instance))
         tenant = plan.instance.tenant
-        secrets = secrets_store.load(store.tenant_dir(tenant) / "secrets.sealed", keys, tenant)
+        secrets = secrets_store.load(store.tenant_dir(tenant) / secrets_store.STORE_NAME, keys, tenant)
         try:
             secrets_fd = owned(secrets_disk.build(secrets))
         finally:

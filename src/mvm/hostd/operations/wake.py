@@ -12,13 +12,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from mvm.core import record as records
-from mvm.core.errors import IntegrityError, MvmError, NotFound
+from mvm.core.errors import GuestError, IntegrityError, MvmError, NotFound
 from mvm.core.lifecycle import Action, command_for
 from mvm.core.plan import InstancePlan
 from mvm.core.snapshot import WakeReceipt
 from mvm.hostd import sealing
-from mvm.hostd.assembly import assemble, load_revision, require_memory
-from mvm.hostd.guest_channel import distrust_ports
+from mvm.hostd.assembly import assemble, has_secrets, load_revision, require_memory
+from mvm.hostd.guest_channel import WakeReport, distrust_ports
 from mvm.hostd.operations.context import ANSWER_S, Context
 from mvm.hostd.operations.snapshots import open_latest
 from mvm.hostd.pager import open_memory
@@ -68,7 +68,10 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 context.fault("resumed")
                 context.watch.phase("guest answers")
                 with context.channel() as channel:
-                    channel.after_wake(timeout=ANSWER_S)
+                    # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
+                    wanted = has_secrets(context.store, plan)
+                    report = channel.after_wake(remount_secrets=wanted, timeout=ANSWER_S)
+                _check(context, report, secrets=wanted)
                 phases, total = context.watch.stop()
                 decrypted, chunks = memory.decrypted(), image.chunk_count
         except (IntegrityError, NotFound) as error:
@@ -83,6 +86,19 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 chunks_read=decrypted,
                 chunks_total=chunks,
             ),
+        )
+
+
+def _check(context: Context, report: WakeReport, *, secrets: bool) -> None:
+    """What the guest says it did. It is awake in any case; an operator has to know what it lacks."""
+    lacks = [] if report.network_ok else ["its network address"]
+    if secrets and report.secrets != "mounted":
+        lacks.append("its new secrets")
+    if lacks:
+        raise GuestError(
+            f"{context.id} is awake without {' and '.join(lacks)}",
+            details=f"The guest's agent reports: secrets {report.secrets}, network_ok {report.network_ok}.",
+            resolution=f"See {context.paths.console_log}, and restart it if need be.",
         )
 
 
