@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.contract.hostd.test_crashes import ACT, STEPS
+from tests.support.fake_world import FakeWorld, fake_world
 
 from mvm.core.lifecycle import TRANSITIONS, Action, State, Step
 from mvm.core.record import reachable
-from tests.contract.hostd.test_crashes import ACT, STEPS
-from tests.support.fake_world import FakeWorld, fake_world
 
 ALL_STEPS = sorted({step for steps in STEPS.values() for step in steps})
 ACTIONS = st.sampled_from(sorted(a for a in ACT if a is not Action.DESTROY))
