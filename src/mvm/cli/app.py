@@ -57,7 +57,7 @@ class App:
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            click.echo(f"warning: {text}", err=True)
+            click.echo(to_json({"warning": text}) if self.json else f"warning: {text}", err=True)
 
     def answer(self, value: Any) -> None:
         """One JSON object, if JSON was asked for."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -178,5 +178,4 @@ def wants_json(arguments: list[str]) -> bool:
 
 
 def wants_debug(arguments: list[str]) -> bool:
-    before: list[Any] = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return "--debug" in before
+    return "--debug" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)

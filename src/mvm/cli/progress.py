@@ -16,6 +16,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from mvm.cli.app import to_json
+
 if TYPE_CHECKING:
     from mvm.cli.app import App
 
@@ -38,6 +40,7 @@ class Progress:
         self._clock = clock
         self._quiet = app.quiet
         self._verbose = app.verbose
+        self._json = app.json
         self._fd = _stderr()
         self._draws = not app.quiet and not app.verbose and self._fd >= 0 and _terminal(self._fd)
         self._began = 0.0
@@ -83,7 +86,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         if self._verbose and not self._quiet:
-            self._write(printable(text) + "\n")
+            self._write((to_json({"log": text}) if self._json else printable(text)) + "\n")
         else:
             self._log = text
 
@@ -101,7 +104,7 @@ class Progress:
         text = text or f"{self._title}: {self._phase}"
         if text != self._said and not self._quiet:
             self._said = text
-            self._write(f"{printable(text)}\n")
+            self._write((to_json({"progress": text}) if self._json else printable(text)) + "\n")
 
     def _draw(self) -> None:
         self._ticks += 1

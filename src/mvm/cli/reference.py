@@ -39,6 +39,9 @@ on standard error:
 {"error":{"kind":"conflict","brief":"...","details":"...","resolution":"...","exit_code":11}}
 ```
 
+Standard error can also have lines `{"warning":"..."}`, `{"progress":"..."}` and, with `--verbose`, `{"log":"..."}`;
+`--quiet` leaves them out.
+
 | command | fields |
 |---|---|
 | `tenant create` | `tenant`, `created`, `subnet`, `ip`, `flake_ref` |

@@ -64,16 +64,16 @@ def create(node: Standalone, spec: TenantSpec) -> Created:
         with store.tenant_lock(tenant):
             existing = _refuse_other(node, spec)
             if existing is None:
-                node.keys.create(tenant).__exit__(None, None, None)
-                store.save_spec(spec)
-            current = existing or spec
-            before = set(store.instances(tenant))
-            instances.add_records(node, current, index, current.instances() if existing is None else ())
-            if existing is not None:
-                note.skip = True
-        shown = store.instances(tenant) or sorted(before, key=lambda i: i.sort_key)
-        ip = store.load_record(shown[0]).network.ip if shown else ""
-        return Created(current, addressing.subnet(index), ip, existed=existing is not None)
+                with node.keys.create(tenant):
+                    store.save_spec(spec)
+            # Made once: instances that were destroyed since are `mvm tenant run`'s to make again.
+            if not (store.tenant_dir(tenant) / "instances").exists():
+                asked = (existing or spec).instances()
+                instances.add_records(node, existing or spec, index, asked)
+            note.skip = existing is not None
+        there = store.instances(tenant)
+        ip = store.load_record(there[0]).network.ip if there else ""
+        return Created(existing or spec, addressing.subnet(index), ip, existed=existing is not None)
 
 
 def _refuse_other(node: Standalone, spec: TenantSpec) -> TenantSpec | None:

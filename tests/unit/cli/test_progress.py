@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -92,6 +93,19 @@ def test_quiet_is_silent_and_verbose_streams(scratch: int, monkeypatch: pytest.M
     with Progress(app(verbose=True), "x") as progress:
         progress.line("z\x07")
     assert terminal.shown == "z?\n"
+
+
+@pytest.mark.req("L5")
+def test_with_json_every_line_is_an_object(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(scratch, monkeypatch, tty=False)
+    with Progress(app(json=True, verbose=True), "waking acme") as progress:
+        progress.phase("restore")
+        tick()
+        progress.line('say "x"')
+    assert [json.loads(line) for line in terminal.shown.splitlines()] == [
+        {"progress": "waking acme: restore"},
+        {"log": 'say "x"'},
+    ]
 
 
 def test_it_survives_a_standard_error_that_is_gone(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:

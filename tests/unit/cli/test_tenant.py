@@ -209,6 +209,7 @@ def test_every_option_of_create_reaches_the_specification(run: Run, fake: FakeNo
     )  # fmt: skip
     assert json.loads(result.stdout)["ip"] == "10.240.5.9"
     spec = fake.store.load_spec(TenantId("acme"))
+    assert json.loads(result.stderr)["warning"].startswith("development key provider")
     assert (spec.profile, spec.vcpus, spec.mem_mib, spec.data_disk_mib) == ("python", 2, 1024, 4096)
     assert (spec.seccomp, spec.metadata, spec.ip, spec.mac) == (
         "strict",

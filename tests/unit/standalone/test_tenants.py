@@ -102,6 +102,24 @@ def test_an_interrupted_create_is_finished_by_the_next(
     assert fake.state("acme/default-0") is State.CREATED
 
 
+@pytest.mark.req("L3")
+def test_a_create_that_died_before_the_addresses_is_finished_by_the_next(
+    fake: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = fake.open()
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvm.standalone.instances.add_records", dies)
+    with pytest.raises(KeyboardInterrupt):
+        node.create(spec())
+    monkeypatch.undo()
+    assert fake.state("acme/default-0") is None
+    assert node.create(spec()).ip == "10.240.1.2"
+    assert fake.state("acme/default-0") is State.CREATED
+
+
 @pytest.mark.req("L7", "N1")
 def test_destroying_keeps_the_audit_log_and_retires_the_subnet(fake: FakeNode) -> None:
     node = fake.open()
