@@ -33,6 +33,9 @@ PAYLOAD_OFFSET = 4096 * 512
 """Bytes before the payload: header and key slots, as cryptsetup lays out LUKS1 on a plain file."""
 MAGIC = b"LUKS\xba\xbe\0\x01"
 _FORMAT_S = 60.0
+# Where the guest looks for signatures: the last is a LUKS2 header's second copy at 4 MiB, and RAID at the end.
+_BLANK_HEAD = 4 << 20 | 64 << 10
+_BLANK_TAIL = 1 << 20
 _HEX = b"0123456789abcdef"
 _MAX_KEY_FILE = 1024
 _SIZE_STEP = 1 << 20
@@ -96,11 +99,31 @@ def render_format(image: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def render_blank(image: Path, secret: str, size: int) -> list[str]:
+    """The command that makes both ends of the payload read as zeros; `secret`: a path the passphrase is read from.
+
+    Unwritten sectors of a LUKS volume read as noise, and noise sometimes looks like a file system's signature: the
+    guest, which formats only a disk that has none, would then leave this one alone for ever.
+    """
+    head, tail = min(size, _BLANK_HEAD), min(size, _BLANK_TAIL)
+    return [
+        "qemu-io", "--object", f"secret,id=key,file={secret}",
+        "-c", f"write -P 0 0 {head}", "-c", f"write -P 0 {size - tail} {tail}",
+        "--image-opts", f"driver=luks,key-secret=key,file.driver=file,file.filename={image}",
+    ]  # fmt: skip
+
+
 def _make(image: Path, size: int, phrase: SecretBytes, uid: int, gid: int) -> None:
     fd = os.open(image, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, PAYLOAD_OFFSET + size)
         process.run(render_format(image), stdin=bytes(phrase.view()), timeout=_FORMAT_S)
+        secret = memfd.of_bytes("mvm-data-key", phrase.view())
+        try:
+            argv = render_blank(image, memfd.proc_path(secret), size)
+            process.run(argv, pass_fds=[secret], timeout=_FORMAT_S)
+        finally:
+            os.close(secret)
         if (uid, gid) != (0, 0):
             os.fchown(fd, uid, gid)
         os.fsync(fd)
