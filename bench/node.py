@@ -30,7 +30,7 @@ from mvm.core.plan import InstancePlan, plan_instance
 from mvm.core.record import InstanceRecord
 from mvm.core.snapshot import SleepReceipt, WakeReceipt
 from mvm.core.spec import Profile, new_tenant
-from mvm.hostd.assembly import assemble, load_revision
+from mvm.hostd.assembly import assemble, has_secrets, load_revision
 from mvm.hostd.guest_channel import distrust_ports
 from mvm.hostd.host import Host, no_fault
 from mvm.hostd.operations.context import ANSWER_S, Context
@@ -256,7 +256,8 @@ class Guest:
             vm.resume()
             step("resume")
             with context.channel() as channel:
-                report = channel.after_wake(timeout=ANSWER_S)
+                wanted = has_secrets(node.facade.store, self.plan)
+                report = channel.after_wake(remount_secrets=wanted, timeout=ANSWER_S)
                 answered = time.perf_counter()
                 step("guest answers")
                 cpu = spent.since(before)
