@@ -167,7 +167,7 @@ def clean_up() -> None:
 
 
 def exists() -> bool:
-    return mvm("tenant", "show", TENANT, ok=(0, 10))[0] != 10
+    return bool(mvm("tenant", "show", TENANT, ok=(0, 10))[0] != 10)
 
 
 def main() -> int:

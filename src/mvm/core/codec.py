@@ -29,7 +29,7 @@ def _enc_hook(value: Any) -> Any:
     # msgspec encodes exact str only; a checked id is its text.
     if isinstance(value, str) and not isinstance(value, Enum):
         return str.__str__(value)
-    raise NotImplementedError(f"no JSON form for {type(value).__name__}")
+    raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
 def _dec_hook(kind: type, value: Any) -> Any:
@@ -41,7 +41,7 @@ def _dec_hook(kind: type, value: Any) -> Any:
         except InvalidInput as error:
             # ValueError is what msgspec turns into an error that knows the field's path.
             raise ValueError(f"{error.brief}. {error.details}") from error
-    raise NotImplementedError(f"no decoder for {kind.__name__}")
+    raise TypeError(f"no decoder for {kind.__name__}")
 
 
 def encode(value: Any) -> bytes:

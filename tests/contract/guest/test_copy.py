@@ -83,7 +83,7 @@ def test_what_cannot_be_copied_is_said_and_the_channel_goes_on(channel: GuestCha
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").mkdir()
     with pytest.raises(NotFound):
-        channel.copy_in(tmp_path / "absent", "/tmp/x")
+        channel.copy_in(tmp_path / "absent", "/tmp/there")
     with pytest.raises(GuestRefusal, match="no such directory"):
         channel.copy_in(tmp_path / "file", str(tmp_path / "no" / "where"))
     with pytest.raises(GuestRefusal, match="is a directory"):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvm.core.record import ProcessIdentity
 from mvm.linux import machine, netlink, pidfd, process
 
 
@@ -29,11 +30,11 @@ def test_a_reused_pid_is_not_the_same_process() -> None:
     mine = pidfd.identify(os.getpid())
     assert mine is not None
     assert pidfd.is_alive(mine)
-    assert not pidfd.is_alive(pidfd.ProcessIdentity(mine.pid, mine.start_ticks + 1, mine.boot_id))
-    assert not pidfd.is_alive(pidfd.ProcessIdentity(mine.pid, mine.start_ticks, "another boot"))
-    assert pidfd.open_pidfd(pidfd.ProcessIdentity(mine.pid, mine.start_ticks + 1, mine.boot_id)) is None
-    assert pidfd.terminate(pidfd.ProcessIdentity(mine.pid, 0, mine.boot_id), 0) == "gone"
-    assert not pidfd.is_alive(pidfd.ProcessIdentity(0, 0, mine.boot_id))
+    assert not pidfd.is_alive(ProcessIdentity(mine.pid, mine.start_ticks + 1, mine.boot_id))
+    assert not pidfd.is_alive(ProcessIdentity(mine.pid, mine.start_ticks, "another boot"))
+    assert pidfd.open_pidfd(ProcessIdentity(mine.pid, mine.start_ticks + 1, mine.boot_id)) is None
+    assert pidfd.terminate(ProcessIdentity(mine.pid, 0, mine.boot_id), 0) == "gone"
+    assert not pidfd.is_alive(ProcessIdentity(0, 0, mine.boot_id))
 
 
 _CPU = "processor\t: {n}\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
