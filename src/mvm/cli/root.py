@@ -12,6 +12,7 @@ ENTRIES: dict[str, Entry] = {
     "tenant": ("mvm.cli.tenant", "group", "Create, build, run, use and put to sleep tenants."),
     "pool": ("mvm.cli.pool", "group", "Groups of like instances inside a tenant."),
     "instance": ("mvm.cli.instance", "group", "Single microVMs."),
+    "flake": ("mvm.cli.flake", "group", "What guests are made from."),
     "audit": ("mvm.cli.audit", "group", "What was done, by a log that shows tampering."),
     "completion": ("mvm.cli.completion", "completion", "Print the shell's completion script."),
 }
