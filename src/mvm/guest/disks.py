@@ -19,6 +19,7 @@ BLKFLSBUF = 0x1261
 _FORMAT_TIMEOUT = 300.0
 _KIB = 1024
 
+_EXT4 = (0x438, b"\x53\xef")  # ext2 and ext3 too
 # (offset, magic): what blkid and the kernel look for. Offsets count from the start of the disk.
 SIGNATURES: tuple[tuple[int, bytes], ...] = (
     (0, b"LUKS\xba\xbe"),
@@ -38,7 +39,7 @@ SIGNATURES: tuple[tuple[int, bytes], ...] = (
     (4096, b"EFI PART"),
     (0x400, b"\x10\x20\xf5\xf2"),  # f2fs
     (0x400, b"\xe2\xe1\xf5\xe0"),  # erofs
-    (0x438, b"\x53\xef"),  # ext2, ext3, ext4
+    _EXT4,
     (0, b"\xfc\x4e\x2b\xa9"),  # md 1.1
     (4096, b"\xfc\x4e\x2b\xa9"),  # md 1.2
     (4086, b"SWAPSPACE2"),
@@ -126,6 +127,8 @@ def mount_secrets(device: str, where: str) -> str:
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, BLKFLSBUF, 0)
+            if not _at(fd, *_EXT4):
+                return "absent"  # a blank disk: this tenant has no secrets
         finally:
             os.close(fd)
         os.makedirs(where, exist_ok=True)

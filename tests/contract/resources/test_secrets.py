@@ -158,9 +158,9 @@ def test_the_disk_holds_exactly_the_secrets(secrets: dict[str, bytes]) -> None:
 
 
 @pytest.mark.req("K3")
-@pytest.mark.parametrize("count", [0, 1, limits.SECRET_FILES])
+@pytest.mark.parametrize("count", [1, limits.SECRET_FILES])
 def test_the_disk_is_sound_sealed_and_of_one_size(count: int) -> None:
-    size = min(limits.SECRET_FILE_BYTES, limits.SECRETS_TOTAL_BYTES // max(count, 1))
+    size = min(limits.SECRET_FILE_BYTES, limits.SECRETS_TOTAL_BYTES // count)
     names = [f"{i:02d}".ljust(limits.SECRET_NAME_MAX, "x") for i in range(count)]
     fd = secrets_disk.build({name: SecretBytes(size) for name in names})
     try:
@@ -170,6 +170,19 @@ def test_the_disk_is_sound_sealed_and_of_one_size(count: int) -> None:
         info = process.run(["dumpe2fs", "-h", memfd.proc_path(fd)], pass_fds=[fd], timeout=30).stdout
         assert b"mvm-secrets" in info
         assert b"has_journal" not in info
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.req("K3")
+def test_the_disk_of_no_secrets_is_blank_and_of_the_same_size() -> None:
+    from mvm.guest import disks
+
+    fd = secrets_disk.build({})
+    try:
+        assert os.pread(fd, secrets_disk.SIZE + 1, 0) == bytes(secrets_disk.SIZE)
+        assert memfd.seals(fd) == memfd.SEAL_ALL
+        assert disks.used_by(memfd.proc_path(fd)) is None
     finally:
         os.close(fd)
 

@@ -66,11 +66,15 @@ def check_output(stdout: bytes, stderr: bytes, count: int) -> str:
 
 
 def build(secrets: Mapping[str, SecretBytes]) -> int:
-    """An owned, sealed memfd of SIZE bytes holding the file system. InvalidInput if the secrets exceed the
-    limits.
+    """An owned, sealed memfd of SIZE bytes holding the file system, or nothing but zeros where there are no secrets.
+
+    InvalidInput if the secrets exceed the limits.
     """
     check_bounds({name: len(value) for name, value in secrets.items()})
     image = memfd.create("mvm-secrets", SIZE)
+    if not secrets:
+        memfd.seal(image)
+        return image
     sources: dict[str, int] = {}
     try:
         target = memfd.proc_path(image)
