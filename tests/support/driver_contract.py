@@ -59,7 +59,7 @@ class Origin(NamedTuple):
     digest: str
     state: bytes
     dirty_at_start: list[tuple[int, int]]
-    count: int
+    counted: int
 
 
 @contextmanager
@@ -188,7 +188,7 @@ class DriverContract:
         # It cannot have started anew: the count is that of the saved guest, or a little later.
         assert first > 0
         until = time.monotonic() + 30
-        while origin.probe.count(vm) <= max(first, origin.count):
+        while origin.probe.count(vm) <= max(first, origin.counted):
             assert time.monotonic() < until, "the worker goes on"
 
     @pytest.mark.req("S2", "S5")

@@ -1,4 +1,4 @@
-"""Random lives with random crashes at named steps, and crashes by the clock, against a model of what must be true after each.
+"""Random lives with random crashes at named steps, and crashes by the clock, against what must be true after each.
 
 The model is the life-cycle table and one text in guest memory: it survives every sleep, every crash before a commit
 point, and nothing else.
@@ -108,7 +108,7 @@ class RandomLife(RuleBasedStateMachine):
 
 @pytest.mark.root
 @pytest.mark.req("L3", "S1", "S2")
-class TestRandomLife(RandomLife.TestCase):
+class TestRandomLife(RandomLife.TestCase):  # type: ignore[misc, valid-type]
     settings = settings(
         max_examples=20,
         stateful_step_count=14,

@@ -94,4 +94,8 @@ def _probe(qemu: str, kernel: Path, initrd: Path) -> Acceleration:
     spent = time.monotonic() - began
     if MARKER in seen:
         return Acceleration("kvm", f"a stock kernel boots with it ({spent:.1f} s)")
-    return Acceleration("tcg", f"{KVM} opens, but no stock kernel boots with it (tried for {spent:.1f} s)")
+    said = seen.decode("utf-8", "replace").strip().splitlines()
+    last = f"; last said: {said[-1][:200]}" if said else ""
+    return Acceleration(
+        "tcg", f"{KVM} opens, but no stock kernel boots with it (tried for {spent:.1f} s{last})"
+    )
