@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     Handler = Callable[["Connection", int, bytes], None]
 
 HIGH_WATER = 524288
+# How long a port must stay without a client before its requests are given up. A port's data and the news that a client
+# came or went reach the kernel by different queues, so a new client's first request can be read while the port still
+# counts as closed; answers wait for the news.
+GONE_S = 1.0
 READS_PER_TURN = 32
 
 _ACK_UNPACK = proto.HELLO_BODY.unpack
@@ -120,6 +124,7 @@ class Connection:
         self._closing = False
         self._turn_queued = False
         self._pumping = False
+        self._gone = 0
         os.set_blocking(fd, False)
         loop.watch(fd, IN | OUT | EDGE, self._ready)
 
@@ -154,12 +159,14 @@ class Connection:
             try:
                 data = os.read(self.fd, proto.CHUNK)
             except BlockingIOError:
+                self._present()
                 return
             except OSError:
                 data = b""
             if not data:
                 self._hang_up()
                 return
+            self._present()
             self._decoder.push(data)
             self._dispatch()
             if self.fd < 0:
@@ -277,14 +284,25 @@ class Connection:
             self._flush()
             self._close()
 
+    def _present(self) -> None:
+        """Whoever seemed gone is back, or somebody else is."""
+        if self._gone:
+            self.loop.cancel(self._gone)
+            self._gone = 0
+
     def _hang_up(self) -> None:
+        if not self._port:
+            self._give_up()
+            self._close()
+        elif not self._gone:
+            self._gone = self.loop.after(GONE_S, self._give_up)
+
+    def _give_up(self) -> None:
+        # The decoder stays as it is, mid-frame included: bytes of the dead client may still be on their way to us.
+        self._gone = 0
         self._abort_all()
         self._out.clear()
         self._greeted = False
-        if self._port:
-            # Kept as it is, mid-frame included: bytes of the dead client may still be on their way to us.
-            return
-        self._close()
 
     def _close(self) -> None:
         self.loop.forget(self.fd)

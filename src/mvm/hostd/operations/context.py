@@ -14,7 +14,7 @@ from mvm.core.ids import InstanceId, SnapshotId
 from mvm.core.lifecycle import Action, NoOp, State, after_failure, plan_transition
 from mvm.core.record import InstanceRecord
 from mvm.hostd import keeper, sealing
-from mvm.hostd.guest_channel import GuestChannel, connect, lock_path, socket_path
+from mvm.hostd.guest_channel import GuestChannel, WakeReport, connect, lock_path, socket_path
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network
 from mvm.hostd.stopwatch import Stopwatch
@@ -27,6 +27,7 @@ BOOT_S = 180.0
 """How long a guest may take to its first answer. Software emulation on a busy host needs most of a minute."""
 ANSWER_S = 20.0
 _REAP_S = 2.0
+_ASK_AGAIN_S = 5.0
 _RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
 _KEPT = frozenset({"logs", "metrics", "fc.final.json"})
@@ -122,11 +123,26 @@ class Context:
                 vm.resume()
             finally:
                 vm.close()
-            with self.channel() as channel:
-                channel.after_wake(timeout=ANSWER_S)
+            self.tell_awake(remount_secrets=True)
         except (MvmError, OSError):
             return False
         return True
+
+    def tell_awake(self, *, remount_secrets: bool) -> WakeReport:
+        """Have a resumed guest put itself right, and return what it says. GuestError after ANSWER_S seconds.
+
+        Asked again every few seconds: doing it twice changes nothing, and a request can get lost between a port that
+        a snapshot remembers as closed and the news that it is open.
+        """
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                with self.channel() as channel:
+                    return channel.after_wake(remount_secrets=remount_secrets, timeout=min(_ASK_AGAIN_S, left))
+            except GuestError:
+                if left <= _ASK_AGAIN_S:
+                    raise
 
     def end_vm(self, grace_s: float) -> None:
         """End whatever there is of a VM, recorded or not. Returns when it is gone."""

@@ -19,7 +19,7 @@ from mvm.core.snapshot import WakeReceipt
 from mvm.hostd import sealing
 from mvm.hostd.assembly import assemble, has_secrets, load_revision, require_memory
 from mvm.hostd.guest_channel import WakeReport, distrust_ports
-from mvm.hostd.operations.context import ANSWER_S, Context
+from mvm.hostd.operations.context import Context
 from mvm.hostd.operations.snapshots import open_latest
 from mvm.hostd.pager import open_memory
 
@@ -67,10 +67,9 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 vm.resume()
                 context.fault("resumed")
                 context.watch.phase("guest answers")
-                with context.channel() as channel:
-                    # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
-                    wanted = has_secrets(context.store, plan)
-                    report = channel.after_wake(remount_secrets=wanted, timeout=ANSWER_S)
+                # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
+                wanted = has_secrets(context.store, plan)
+                report = context.tell_awake(remount_secrets=wanted)
                 _check(context, report, secrets=wanted)
                 phases, total = context.watch.stop()
                 decrypted, chunks = memory.decrypted(), image.chunk_count
