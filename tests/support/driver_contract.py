@@ -286,8 +286,11 @@ class DriverContract:
                 probe.connect(f"/proc/self/fd/{os.open(runtime, os.O_PATH)}/{entry.name}")
 
     @pytest.mark.req("L7")
-    def test_without_its_keeper_a_vmm_dies(self, origin: Origin, restored: Callable[..., Vm]) -> None:
-        vm = restored(sealed=True)
+    @pytest.mark.parametrize("sealed", [True, False])
+    def test_without_its_keeper_a_vmm_dies(
+        self, origin: Origin, restored: Callable[..., Vm], sealed: bool
+    ) -> None:
+        vm = restored(sealed=sealed)
         vm.resume()
         runtime = origin.world.paths(origin.plan).runtime
         pid = keeper.anything_left(runtime)

@@ -217,6 +217,7 @@ def _keeper(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open("/dev/null", os.O_RDWR)
         stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.chdir("/")  # neither of us may pin the directory that the command was started in
         me = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -225,7 +226,6 @@ def _keeper(
         for number in (0, 1, 2):
             os.dup2(null, number)
         _close_all_but({0, 1, 2, tell, alive, pidfd, console.fileno(), *keep})
-        os.chdir("/")
         if serve is not None:
             for _ in range(2):  # one thread may wait for a chunk while the other answers
                 threading.Thread(target=serve, daemon=True).start()

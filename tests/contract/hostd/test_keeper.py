@@ -1,0 +1,170 @@
+"""The keeper with ordinary programs in the VMM's place: what it starts, with what, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from mvm.core.errors import Conflict, VmmError
+from mvm.core.record import ProcessIdentity
+from mvm.hostd import keeper
+from mvm.hostd.recovery import read_exit
+from mvm.linux.pidfd import is_alive
+
+pytestmark = pytest.mark.root
+UID = 1_900_123_456
+
+Start = Callable[..., tuple[ProcessIdentity, ProcessIdentity]]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "runtime"
+    (folder / "logs").mkdir(parents=True)
+    yield folder
+    keeper.end_leftovers(folder)
+
+
+@pytest.fixture
+def start(runtime: Path) -> Start:
+    def run(
+        script: str, fds: dict[int, int] | None = None, argv: Sequence[str] | None = None
+    ) -> tuple[ProcessIdentity, ProcessIdentity]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            return keeper.launch(
+                keeper.Program(
+                    argv or ["/bin/sh", "-c", script], {4: theirs.fileno(), **(fds or {})}, UID, UID, ()
+                ),
+                runtime=runtime,
+                console=ours,
+                errors=runtime / "logs" / "vmm.log",
+            )
+
+    return run
+
+
+@pytest.mark.req("L3")
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 3", 3 << 8), ("kill -9 $$", 9), ("kill -15 $$", 15)]
+)
+def test_it_writes_down_how_the_vmm_ended(runtime: Path, start: Start, script: str, status: int) -> None:
+    vmm, parent = start(f"sleep 0.05; {script}")
+    assert keeper.await_end(runtime)
+    assert read_exit(runtime) == status
+    assert not is_alive(vmm)
+    until = time.monotonic() + 10
+    while is_alive(parent):
+        assert time.monotonic() < until
+
+
+@pytest.mark.req("L3")
+def test_a_program_that_is_not_there_is_an_error_with_its_words(runtime: Path, start: Start) -> None:
+    try:
+        vmm, _ = start("", argv=["/no/such/vmm"])
+    except VmmError as error:
+        assert "/no/such/vmm" in error.details
+    else:  # it was seen before it failed; then its end says the same
+        assert keeper.await_end(runtime)
+        assert not is_alive(vmm)
+        assert read_exit(runtime) == 127 << 8
+    assert "/no/such/vmm" in (runtime / "logs" / "vmm.log").read_text()
+
+
+@pytest.mark.req("H4")
+def test_the_program_gets_what_it_was_given_and_nothing_else(runtime: Path, start: Start) -> None:
+    os.environ["A_SECRET_OF_OURS"] = "x"
+    secret, extra = os.pipe()
+    os.set_inheritable(extra, True)
+    try:
+        start(
+            "exec 1>&4; echo fds $(ls /proc/self/fd); env; id -u; id -G; umask; ulimit -c; pwd", {9: secret}
+        )
+    finally:
+        del os.environ["A_SECRET_OF_OURS"]
+        os.close(secret)
+        os.close(extra)
+    assert keeper.await_end(runtime)
+    said = (runtime / "logs" / "console.log").read_text()
+    listed = said.splitlines()[0].split()[1:]
+    assert set(listed) - {"3"} == {"0", "1", "2", "4", "7", "9"}, "3 is the directory that ls reads"
+    assert "A_SECRET_OF_OURS" not in said
+    assert f"\n{UID}\n{UID}\n0077\n0\n/\n" in said
+
+
+@pytest.mark.req("L7")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP])
+def test_a_terminals_signals_are_not_for_the_vm(runtime: Path, start: Start, number: int) -> None:
+    vmm, parent = start("exec sleep 100")
+    assert os.getsid(parent.pid) != os.getsid(0)
+    os.kill(parent.pid, number)
+    time.sleep(0.05)
+    assert is_alive(parent)
+    assert is_alive(vmm)
+
+
+@pytest.mark.req("L3")
+def test_a_place_is_taken_until_both_are_gone(runtime: Path, start: Start) -> None:
+    assert keeper.anything_left(runtime) is None
+    _, parent = start("exec sleep 100")
+    assert keeper.anything_left(runtime) == parent.pid
+    with pytest.raises(Conflict, match="there already"):
+        start("exec sleep 100")
+    assert keeper.end_leftovers(runtime)
+    assert keeper.anything_left(runtime) is None
+    assert not keeper.end_leftovers(runtime)
+    start("exit 0")
+
+
+@pytest.mark.req("L3")
+def test_a_lock_file_with_a_strangers_pid_ends_no_stranger(runtime: Path, start: Start) -> None:
+    child = os.fork()
+    if child == 0:
+        time.sleep(100)
+        os._exit(0)
+    vmm, _ = start("exec sleep 0.3")
+    (runtime / keeper.ALIVE_FILE).write_text(str(child))
+    assert keeper.end_leftovers(runtime), "it waits until those who hold the lock are gone"
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the stranger lives"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not is_alive(vmm)
+
+
+@pytest.mark.req("L1")
+def test_a_console_that_cannot_be_written_does_not_cost_the_vm(runtime: Path, start: Start) -> None:
+    log = runtime / "logs" / "console.log"
+    (runtime / "logs" / "console.log.1").mkdir()  # so that the rename at the bound fails
+    (runtime / "logs" / "console.log.1" / "x").touch()
+    vmm, _ = start("head -c 3000000 /dev/zero >&4; exec sleep 100")
+    until = time.monotonic() + 20
+    while not log.exists() or log.stat().st_size < keeper.CONSOLE_LOG_BYTES // 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert is_alive(vmm)
+    assert log.stat().st_size <= keeper.CONSOLE_LOG_BYTES
+
+
+@pytest.mark.req("L3")
+def test_the_command_may_be_gone_before_the_vmm_runs(runtime: Path, start: Start) -> None:
+    """A command killed at any moment of `launch` leaves both or none, and what is left can be ended."""
+    for delay in (0, 0.0005, 0.001, 0.002, 0.004, 0.008):
+        child = os.fork()
+        if child == 0:
+            try:
+                start("exec sleep 100")
+            finally:
+                time.sleep(10)
+                os._exit(0)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        keeper.end_leftovers(runtime)
+        assert keeper.anything_left(runtime) is None

@@ -1,0 +1,226 @@
+"""Sealed memory as a file that one uid maps: what it reads, who else can, and what a damaged page does."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mvm.core.errors import MissingPrerequisite
+from mvm.core.ids import InstanceId, SnapshotId, TenantId
+from mvm.hostd import pager
+from mvm.hostd.keys.development import DevelopmentKeyProvider
+from mvm.hostd.sealing import CHUNK, SealedImage, SealWriter, SnapshotIdentity, load_working_set
+from mvm.hostd.vmm.driver import GuestMemory
+from mvm.linux import mount as mounts
+
+pytestmark = pytest.mark.root
+UID = 1_900_123_456
+CHUNKS = 64
+SIZE = CHUNKS * CHUNK
+
+
+class Source:
+    """Memory in which every page says its number, every fifth chunk is zero, and every page is dirty."""
+
+    def __init__(self) -> None:
+        self.size = SIZE
+        self.bytes = b"".join(
+            bytes(4096) if page // 32 % 5 == 0 else page.to_bytes(8, "little") * 512
+            for page in range(SIZE // 4096)
+        )
+
+    def dirty_runs(self) -> Iterator[tuple[int, int]]:
+        yield 0, SIZE // 4096
+
+    def present_pages(self) -> bytearray:
+        return bytearray(b"\1" * (SIZE // 4096))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.bytes[offset : offset + len(buffer)]
+
+
+class Sealed:
+    def __init__(self, root: Path) -> None:
+        self.keys = DevelopmentKeyProvider(root)
+        self.keys.create(TenantId("acme")).close()
+        self.instance = InstanceId.parse("acme/default-0")
+        self.identity = SnapshotIdentity(self.instance, SnapshotId("0a" * 16), b"a=b\n")
+        self.folder = root / ".new-x"
+        self.source = Source()
+        with self.keys.tenant_key(TenantId("acme")) as key:
+            with SealWriter(self.folder, self.identity, key.wrap) as writer:
+                writer.write_pages(self.source)
+                writer.write_state(b"state")
+                self.digest = writer.finish().manifest_sha256
+
+    def open(self) -> SealedImage:
+        with self.keys.tenant_key(TenantId("acme")) as key:
+            return SealedImage.open(self.folder, self.identity, key.unwrap, self.digest)
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Sealed:
+    return Sealed(tmp_path)
+
+
+@pytest.fixture
+def memory(sealed: Sealed, tmp_path: Path) -> Iterator[GuestMemory]:
+    with sealed.open() as image:
+        made = pager.open_memory(image, UID, UID, tmp_path / "memory")
+        assert made.serve is not None
+        for _ in range(2):
+            threading.Thread(target=made.serve, daemon=True).start()
+        try:
+            yield made
+        finally:
+            made.close()
+            time.sleep(0.01)
+
+
+def as_uid(uid: int, act: Callable[[], int]) -> int:
+    """What `act` returns, or minus the signal that ended it, in a child of this uid."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            if uid:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            code = act()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def opened(memory: GuestMemory) -> mmap.mmap:
+    fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDWR)
+    return mmap.mmap(fd, SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.req("S2", "S3")
+def test_the_instances_uid_reads_what_was_sealed(sealed: Sealed, memory: GuestMemory) -> None:
+    assert as_uid(UID, lambda: int(opened(memory)[:] != sealed.source.bytes)) == 0
+    assert memory.decrypted() > 0
+
+
+@pytest.mark.req("S2")
+def test_only_what_is_touched_is_decrypted(sealed: Sealed, memory: GuestMemory) -> None:
+    def touch() -> int:
+        area = opened(memory)
+        area.madvise(mmap.MADV_RANDOM)
+        return int(area[7 * CHUNK + 5] != sealed.source.bytes[7 * CHUNK + 5])
+
+    assert as_uid(UID, touch) == 0
+    assert memory.decrypted() < CHUNKS // 2
+
+
+@pytest.mark.req("S3", "S4")
+@pytest.mark.parametrize("uid", [0, UID + 1])
+def test_nobody_else_can_open_it(memory: GuestMemory, uid: int) -> None:
+    def attempt() -> int:
+        try:
+            os.open(f"/proc/self/fd/{memory.fd}", os.O_RDONLY)
+        except PermissionError:
+            return 7
+        return 0
+
+    assert as_uid(uid, attempt) == 7
+
+
+@pytest.mark.req("S2")
+def test_writing_into_the_mapping_changes_no_image(sealed: Sealed, memory: GuestMemory) -> None:
+    before = {path.name: path.read_bytes() for path in sealed.folder.iterdir()}
+
+    def scribble() -> int:
+        area = opened(memory)
+        for at in range(0, SIZE, 4096):
+            area[at] = 0xFF
+        fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDWR)
+        try:
+            os.pwrite(fd, b"x", 0)
+        except OSError:
+            return 0
+        return 1
+
+    assert as_uid(UID, scribble) == 0
+    assert as_uid(UID, lambda: int(opened(memory)[:] != sealed.source.bytes)) == 0
+    assert {name: (sealed.folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.req("S4")
+def test_a_damaged_page_ends_the_reader_and_only_it(sealed: Sealed, memory: GuestMemory) -> None:
+    [segment] = sealed.folder.glob("segment-*")
+    data = bytearray(segment.read_bytes())
+    with sealed.open() as image:
+        layer = image.index.layers(42)[0]
+    data[layer.offset + 3] ^= 1
+    with segment.open("r+b") as file:  # in place: what is open stays open
+        file.write(data)
+
+    def touch(chunk: int) -> int:
+        area = opened(memory)
+        area.madvise(mmap.MADV_RANDOM)
+        return int(area[chunk * CHUNK + 9] != sealed.source.bytes[chunk * CHUNK + 9])
+
+    assert as_uid(UID, lambda: touch(42)) == -signal.SIGBUS
+    assert as_uid(UID, lambda: touch(43)) == 0
+
+
+@pytest.mark.req("S3", "L7")
+def test_no_mount_is_left_at_any_time(sealed: Sealed, memory: GuestMemory, tmp_path: Path) -> None:
+    assert mounts.mounts_below(tmp_path) == []
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.req("S7")
+def test_the_next_wake_knows_what_this_one_touched(
+    sealed: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pager, "WINDOW_S", 0.5)
+    touched = [3, 17, 44]
+    for turn in range(2):
+        with sealed.open() as image:
+            assert list(load_working_set(image)) == ([] if turn == 0 else sorted(touched))
+            memory = pager.open_memory(image, UID, UID, tmp_path / "memory")
+            assert memory.serve is not None
+            for _ in range(2):
+                threading.Thread(target=memory.serve, daemon=True).start()
+            if turn:
+                until = time.monotonic() + 10
+                while memory.decrypted() < len(touched):
+                    assert time.monotonic() < until, "decrypted ahead, though nobody asked"
+
+            def touch() -> int:
+                area = opened(memory)
+                area.madvise(mmap.MADV_RANDOM)
+                return int(any(area[n * CHUNK] != sealed.source.bytes[n * CHUNK] for n in touched))
+
+            assert as_uid(UID, touch) == 0
+            until = time.monotonic() + 10
+            while not turn and not (sealed.folder / "working-set").exists():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            time.sleep(0.7)
+            memory.close()
+            time.sleep(0.05)
+
+
+def test_without_fuse_the_error_says_what_to_do(
+    sealed: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> int:
+        raise OSError(2, "No such file or directory", "/dev/fuse")
+
+    monkeypatch.setattr(pager, "mount_file", none)
+    with sealed.open() as image, pytest.raises(MissingPrerequisite, match="FUSE") as caught:
+        pager.open_memory(image, UID, UID, tmp_path / "memory")
+    assert "modprobe fuse" in caught.value.resolution
