@@ -66,6 +66,9 @@ Standard error can also have lines `{"warning":"..."}`, `{"progress":"..."}` and
 `snapshot`, `created_ns`, `changed_ns`, `last_receipt`, `last_error` |
 | `instance destroy` | `instance`, `destroyed` |
 | `audit verify` | `tenant`, `ok`, `entries`, `head`, or `problem` and `details` |
+| `node info` | `node_id`, `root`, `host`, `tools`, `nft`, `vmm`, `key_provider`, `key_warning`, `networks`, \
+`instances`, `unseen` |
+| `doctor` | `id`, `what`, `result` (`ok`, `warning`, `fail`, `n/a`), `seen`, `fix` |
 | `completion` | `shell`, `script` |
 | `--version` | `version` |
 

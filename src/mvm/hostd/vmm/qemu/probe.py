@@ -34,27 +34,37 @@ class Acceleration(NamedTuple):
 
 def choose_acceleration(qemu: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Acceleration:
     """What to use for this guest kernel, from the cache or by a probe of at most PROBE_S seconds."""
-    if not os.access(KVM, os.R_OK | os.W_OK):
-        return Acceleration("tcg", f"{KVM} is missing or closed to us")
-    seen = os.stat(kernel)
-    facts = [
-        host.kernel_release(),
-        host.cpu_model().name,
-        version,
-        str(seen.st_size),
-        str(seen.st_mtime_ns),
-        str(kernel),
-    ]
-    file = cache / f"accel-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.json"
-    try:
-        known = json.loads(file.read_bytes())
-        return Acceleration(str(known["accel"]), str(known["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    known = known_acceleration(version, kernel, cache)
+    if known is not None:
+        return known
     chosen = _probe(qemu, kernel, initrd)
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomic(file, json.dumps({"accel": chosen.accel, "reason": chosen.reason, "facts": facts}).encode())
+    facts = _facts(version, kernel)
+    answer = {"accel": chosen.accel, "reason": chosen.reason, "facts": facts}
+    write_atomic(_cached(facts, cache), json.dumps(answer).encode())
     return chosen
+
+
+def known_acceleration(version: str, kernel: Path, cache: Path) -> Acceleration | None:
+    """The answer where it needs no probe, else None."""
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        return Acceleration("tcg", f"{KVM} is missing or closed to us")
+    try:
+        known = json.loads(_cached(_facts(version, kernel), cache).read_bytes())
+        return Acceleration(str(known["accel"]), str(known["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _facts(version: str, kernel: Path) -> list[str]:
+    """What the answer depends on."""
+    seen = os.stat(kernel)
+    size, changed = str(seen.st_size), str(seen.st_mtime_ns)
+    return [host.kernel_release(), host.cpu_model().name, version, size, changed, str(kernel)]
+
+
+def _cached(facts: list[str], cache: Path) -> Path:
+    return cache / f"accel-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.json"
 
 
 def probe_command(qemu: str, kernel: Path, initrd: Path) -> list[str]:

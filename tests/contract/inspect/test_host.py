@@ -1,0 +1,89 @@
+"""The facts, read from this machine, whatever it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvm.hostd.inspect.doctor import Acceleration, Facts, Result, diagnose
+from mvm.hostd.inspect.host import path_facts, read_host, state_paths
+from mvm.hostd.inspect.tools import PROGRAMS, read_nft, read_tools
+
+MVM = Path(sys.executable).with_name("mvm")
+
+
+@pytest.mark.req("O1")
+def test_this_machine_can_be_judged(tmp_path: Path) -> None:
+    host, tools = read_host(tmp_path / "not" / "there"), read_tools()
+    assert host.mem_total >= host.mem_available > 0
+    assert host.disk_total >= host.disk_free > 0
+    assert host.cpus >= 1
+    assert set(PROGRAMS) < set(tools)
+    checks = diagnose(Facts(str(tmp_path), host, tools, read_nft(), Acceleration("", "not probed yet")))
+    assert all(check.seen for check in checks)
+    assert all(check.fix for check in checks if check.result in (Result.FAIL, Result.WARNING))
+
+
+@pytest.mark.root
+@pytest.mark.req("O1")
+def test_the_dry_run_changes_no_rule() -> None:
+    before = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, timeout=20).stdout
+    found = read_nft()
+    after = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, timeout=20).stdout
+    assert b"mvm-doctor" not in after
+    assert before == after
+    assert "syntax error" not in found.problem
+
+
+def test_paths_are_seen_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(folder)
+    seen = path_facts(folder)
+    assert seen is not None
+    assert (seen.kind, seen.uid, seen.mode) == ("directory", os.geteuid(), 0o700)
+    link = path_facts(tmp_path / "link")
+    assert link is not None
+    assert link.kind == "link"
+    assert path_facts(tmp_path / "absent") is None
+    assert [path.path for path in state_paths(folder)][-1] == "/"
+
+
+def cli(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(MVM), *words, "--root", str(root)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.req("O1")
+def test_doctor_says_by_its_exit_code_whether_something_fails(tmp_path: Path) -> None:
+    done = cli(tmp_path / "root", "doctor", "--output", "json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = [row["id"] for row in rows if row["result"] == "fail"]
+    assert done.returncode == (15 if failed else 0)
+    assert not (tmp_path / "root").exists(), "looking makes nothing"
+    text = cli(tmp_path / "root", "doctor").stdout
+    assert all(row["what"] in text for row in rows)
+
+
+@pytest.mark.req("O1", "S5")
+def test_node_info_of_a_node_without_anything(tmp_path: Path) -> None:
+    done = cli(tmp_path / "root", "node", "info", "--output", "json")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["node_id"] == ""
+    assert seen["instances"] == {}
+    assert seen["vmm"]["accel"] == ""
+    assert seen["key_provider"] == "development"
+    assert "unencrypted" in seen["key_warning"]
+    assert not (tmp_path / "root").exists(), "looking makes nothing"
+    assert "environment" in cli(tmp_path / "root", "node", "info").stdout
