@@ -16,6 +16,12 @@ ENTRIES: dict[str, Entry] = {
     "audit": ("mvm.cli.audit", "group", "What was done, by a log that shows tampering."),
     "node": ("mvm.cli.node", "group", "What this machine is, has and runs."),
     "doctor": ("mvm.cli.doctor", "doctor", "Check whether this host is fit for tenants."),
+    "start": ("mvm.cli.start", "start", "Start the development node."),
+    "stop": ("mvm.cli.stop", "stop", "Shut down the development node."),
+    "status": ("mvm.cli.status", "status", "What the development node is, and whether it runs."),
+    "shell": ("mvm.cli.shell", "shell", "A shell, or a command, in the development node."),
+    "sync": ("mvm.cli.sync", "sync", "Copy a directory into the development node."),
+    "posture": ("mvm.cli.posture", "posture", "Show which guarantees hold on this node now."),
     "completion": ("mvm.cli.completion", "completion", "Print the shell's completion script."),
 }
 

@@ -1,0 +1,133 @@
+"""This very mvm as a wheel: from a checkout or from an installed package, the same bytes for the same files.
+
+The build backend is not needed (an installed mvm has none) and its result would carry the time. The layout is the
+wheel format's (PEP 427): `mvm/...`, and `mvm-<version>.dist-info/` with METADATA, WHEEL, entry_points.txt and RECORD.
+The embedded flake goes to `mvm/_data/nix/embedded`, where `mvm.builder.flakes` looks for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from mvm.core.errors import NotFound
+
+_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
+_WHEEL: Final = "Wheel-Version: 1.0\nGenerator: mvm\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+_FLAKE: Final = "mvm/_data/nix/embedded"
+_SKIPPED: Final = frozenset({"__pycache__", ".mypy_cache", ".ruff_cache", "result"})
+
+
+def package_dir() -> Path:
+    """The package `mvm`, wherever it was imported from."""
+    return Path(__file__).resolve().parents[1]
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative name, path) of every regular file, in order of name, without what tools leave behind."""
+    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
+        inside = path.relative_to(folder)
+        if not _SKIPPED.intersection(inside.parts) and path.is_file() and not path.is_symlink():
+            yield inside.as_posix(), path
+
+
+def contents(package: Path, flake: Path) -> dict[str, tuple[bytes, bool]]:
+    """name in the wheel -> (bytes, executable), without the metadata."""
+    found = {f"mvm/{name}": _read(path) for name, path in files_below(package)}
+    found.update({f"{_FLAKE}/{name}": _read(path) for name, path in files_below(flake)})
+    return found
+
+
+def _read(path: Path) -> tuple[bytes, bool]:
+    return path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR)
+
+
+def metadata() -> tuple[str, dict[str, bytes]]:
+    """(version, files of dist-info) of the mvm that runs. NotFound if it runs without being installed."""
+    try:
+        distribution = importlib.metadata.distribution("mvm")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise NotFound(
+            "this mvm is not installed",
+            details="It runs from a directory that pip knows nothing of, so there is no metadata for its wheel.",
+            resolution="install it, for example with scripts/setup in a checkout",
+        ) from error
+    texts = {name: distribution.read_text(name) for name in ("METADATA", "entry_points.txt")}
+    return distribution.version, {name: (text or "").encode() for name, text in texts.items()}
+
+
+def assemble(version: str, info: Mapping[str, bytes], files: Mapping[str, tuple[bytes, bool]]) -> bytes:
+    """The archive. Times, order and modes are fixed, so equal files give equal bytes."""
+    folder = f"mvm-{version}.dist-info"
+    everything = dict(files)
+    everything.update({f"{folder}/{name}": (data, False) for name, data in info.items()})
+    everything[f"{folder}/WHEEL"] = (_WHEEL.encode(), False)
+    record = "".join(
+        f"{name},{_digest(data)},{len(data)}\n" for name, (data, _) in sorted(everything.items())
+    )
+    everything[f"{folder}/RECORD"] = ((record + f"{folder}/RECORD,,\n").encode(), False)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name, (data, executable) in sorted(everything.items()):
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.create_system = 3  # Unix: the mode below means something
+            entry.external_attr = (stat.S_IFREG | (0o755 if executable else 0o644)) << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    return out.getvalue()
+
+
+def _digest(data: bytes) -> str:
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def build(flake: Path) -> tuple[str, bytes]:
+    """(file name, bytes) of the wheel of the running mvm, with the embedded flake at `flake`."""
+    version, info = metadata()
+    return f"mvm-{version}-py3-none-any.whl", assemble(version, info, contents(package_dir(), flake))
+
+
+def checkout() -> Path | None:
+    """The directory of the checkout this mvm runs from, None for an installed one."""
+    folder = package_dir().parents[1]
+    return folder if os.path.exists(folder / "pyproject.toml") else None
+
+
+def requirements() -> str:
+    """What the node's environment gets beside mvm, as pip reads it.
+
+    A checkout has the lock with its hashes. An installed mvm pins what it is itself running with.
+    """
+    folder = checkout()
+    if folder is not None and (folder / "requirements.lock").is_file():
+        return (folder / "requirements.lock").read_text(encoding="utf-8")
+    pins: dict[str, str] = {}
+    todo = ["mvm"]
+    while todo:
+        distribution = importlib.metadata.distribution(todo.pop())
+        for line in distribution.requires or ():
+            name = _required_name(line)
+            if name and name not in pins:
+                try:
+                    pins[name] = importlib.metadata.version(name)
+                except importlib.metadata.PackageNotFoundError:
+                    continue  # for another platform
+                todo.append(name)
+    return "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
+
+
+def _required_name(line: str) -> str:
+    """The project a Requires-Dist line names; empty for one that only an extra asks for."""
+    spec, _, marker = line.partition(";")
+    if "extra" in marker:
+        return ""
+    length = next((i for i, c in enumerate(spec) if not (c.isalnum() or c in "-_.")), len(spec))
+    return spec[:length].lower().replace("_", "-")
