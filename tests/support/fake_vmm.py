@@ -7,7 +7,7 @@ nothing of ours by name. Everything reaches it under the descriptor numbers that
 - The guest is the real agent (`mvm.guest`) on this process's main thread. Its worker counts in guest memory and
   nowhere else, so that a count which goes on proves memory that came back.
 - One lock is the virtual processor: the guest holds it while it runs, `pause` takes it away.
-- The monitor reads one JSON object a line and answers with one. It serves one client after the other.
+- The monitor reads one JSON object a line and answers with one, to several clients at once.
 """
 
 from __future__ import annotations
@@ -173,14 +173,18 @@ class Vmm:
         listener = socket.socket(fileno=MONITOR_FD)
         while True:
             client, _ = listener.accept()
-            with client, client.makefile("rb") as stream:
-                try:
-                    for line in stream:
-                        request = json.loads(line)
-                        answer = getattr(self, f"do_{request['do']}")(request)
-                        client.sendall(json.dumps(answer).encode() + b"\n")
-                except OSError:
-                    continue  # it was killed before it heard the answer
+            # Each in a thread of its own: a test looks in while the driver is connected.
+            threading.Thread(target=self.answer, args=(client,), daemon=True).start()
+
+    def answer(self, client: socket.socket) -> None:
+        with client, client.makefile("rb") as stream:
+            try:
+                for line in stream:
+                    request = json.loads(line)
+                    made = getattr(self, f"do_{request['do']}")(request)
+                    client.sendall(json.dumps(made).encode() + b"\n")
+            except OSError:
+                return  # it was killed before it heard the answer
 
 
 def serve_guest(vmm: Vmm, channels: list[_socket.socket]) -> None:

@@ -6,6 +6,7 @@ One guest boots for the module. Its worker's counter and marker exist in its mem
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,27 @@ def test_killed_at_a_step(life: Life, action: Action, step: str) -> None:
         world.assert_nothing_runs(plan, sleeping=True)
         world.host().wake_instance(plan)
     assert life.count() >= before
+
+
+@pytest.mark.req("L3", "S1", "S2")
+def test_killed_at_any_moment(life: Life) -> None:
+    world, plan, rng = life.world, life.plan, random.Random(11)
+    for _ in range(8):
+        before = life.count()
+        killed = world.killed_after(rng.uniform(0.01, 0.3), lambda h: ACT[Action.SLEEP](h, plan))
+        record = world.host().inspect_instance(plan.instance)
+        assert record.state in ((State.RUNNING, State.SLEEPING) if killed else (State.SLEEPING,))
+        if record.state is State.RUNNING:
+            world.assert_runs(plan)
+            assert life.count() >= before
+            world.host().sleep_instance(plan.instance)
+        world.assert_nothing_runs(plan, sleeping=True)
+        world.killed_after(rng.uniform(0.01, 0.3), lambda h: ACT[Action.WAKE](h, plan))
+        if world.host().inspect_instance(plan.instance).state is State.SLEEPING:
+            world.assert_nothing_runs(plan, sleeping=True)
+            world.host().wake_instance(plan)
+        world.assert_runs(plan)
+        assert life.count() >= before
 
 
 @pytest.mark.req("S4")

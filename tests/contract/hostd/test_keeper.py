@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,14 +67,10 @@ def test_it_writes_down_how_the_vmm_ended(runtime: Path, start: Start, script: s
 
 @pytest.mark.req("L3")
 def test_a_program_that_is_not_there_is_an_error_with_its_words(runtime: Path, start: Start) -> None:
-    try:
-        vmm, _ = start("", argv=["/no/such/vmm"])
-    except VmmError as error:
-        assert "/no/such/vmm" in error.details
-    else:  # it was seen before it failed; then its end says the same
-        assert keeper.await_end(runtime)
-        assert not is_alive(vmm)
-        assert read_exit(runtime) == 127 << 8
+    with suppress(VmmError):  # or it was seen before it failed; then its end says the same
+        start("", argv=["/no/such/vmm"])
+    assert keeper.await_end(runtime)
+    assert read_exit(runtime) == 127 << 8
     assert "/no/such/vmm" in (runtime / "logs" / "vmm.log").read_text()
 
 

@@ -261,6 +261,29 @@ def test_a_guest_that_does_not_answer_is_not_put_to_sleep(
     world.assert_nothing_runs(plan)
 
 
+@pytest.mark.req("S2")
+def test_a_guest_that_never_answers_after_its_wake(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvm.core.errors import GuestError
+    from mvm.hostd.operations import context
+
+    monkeypatch.setattr(context, "ANSWER_S", 0.3)
+    plan = world.plan()
+    world.host().create_instance(plan)
+    world.host().sleep_instance(plan.instance)
+
+    def silence(step: str) -> None:
+        if step == "committed":
+            # The record says that it is committed, and only then does the guest go on.
+            assert world.ask(plan, "status")["status"] == "paused"
+            world.ask(plan, "silence", on=True)
+
+    with pytest.raises(GuestError):
+        world.host(fault=silence).wake_instance(plan)
+    # It may have run on and written to its disk: this memory is not restored again.
+    assert world.host().inspect_instance(plan.instance).state is State.FAILED
+    world.assert_nothing_runs(plan)
+
+
 @pytest.mark.req("L3")
 def test_a_guest_that_never_answers_at_its_start(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     from mvm.core.errors import GuestError

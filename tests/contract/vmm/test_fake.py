@@ -74,8 +74,6 @@ class TestFakeDriver(DriverContract):
         vm.close()
         with pytest.raises(VmmError):
             vm.ask("hang")
-        with pytest.raises(VmmError):
-            vm.pause()
 
     @pytest.mark.req("L1")
     def test_the_console_log_is_bounded(self, origin: Origin, restored: Callable[..., Vm]) -> None:

@@ -14,7 +14,7 @@ from mvm.core.ids import InstanceId, SnapshotId
 from mvm.core.lifecycle import Action, NoOp, State, after_failure, plan_transition
 from mvm.core.record import InstanceRecord
 from mvm.hostd import keeper, sealing
-from mvm.hostd.guest_channel import GuestChannel, WakeReport, connect, lock_path, socket_path
+from mvm.hostd.guest_channel import GuestChannel, GuestRefusal, WakeReport, connect, lock_path, socket_path
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network
 from mvm.hostd.stopwatch import Stopwatch
@@ -114,8 +114,7 @@ class Context:
 
     def revive(self) -> bool:
         """Whether the VM runs and its guest answers; resumes it for that if it is paused."""
-        identity = self.process()
-        if identity is None or not pidfd.is_alive(identity):
+        if not self._vmm_is_alive():
             return False
         try:
             vm = self.vm()
@@ -139,10 +138,17 @@ class Context:
             left = deadline - time.monotonic()
             try:
                 with self.channel() as channel:
-                    return channel.after_wake(remount_secrets=remount_secrets, timeout=min(_ASK_AGAIN_S, left))
-            except GuestError:
-                if left <= _ASK_AGAIN_S:
+                    return channel.after_wake(
+                        remount_secrets=remount_secrets, timeout=min(_ASK_AGAIN_S, left)
+                    )
+            except GuestError as error:
+                if isinstance(error, GuestRefusal) or left <= _ASK_AGAIN_S or not self._vmm_is_alive():
                     raise
+                time.sleep(_RETRY_S)
+
+    def _vmm_is_alive(self) -> bool:
+        identity = self.process()
+        return identity is not None and pidfd.is_alive(identity)
 
     def end_vm(self, grace_s: float) -> None:
         """End whatever there is of a VM, recorded or not. Returns when it is gone."""
