@@ -1,0 +1,81 @@
+"""What the daemon gives up before it listens to anybody, and the proof that it has.
+
+    capabilities   all but CAPABILITIES, in every set, the bounding set included: no program it starts has more either
+    privileges     no_new_privs: none can be gained by executing something
+    system calls   the allow-list of `mvm.linux.seccomp`, inherited by every program it starts
+    then           /proc/thread-self/status is read back; the daemon does not start if it says anything else
+
+docs/privileges.md is written from CAPABILITIES; a test compares the two, another takes each capability away in turn and
+sees an operation fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from mvm.core.errors import MissingPrerequisite, Refused
+from mvm.linux import capabilities, seccomp
+
+CAPABILITIES: Final[dict[str, str]] = {
+    "DAC_READ_SEARCH": "opening /proc/<pid>/mem and pagemap of a VMM, files of the instance's uid with mode 0600",
+    "KILL": "pidfd_send_signal(2) to a VMM, which runs as its instance's uid",
+    "NET_ADMIN": "bridges, taps and their ports by rtnetlink(7); TUNSETIFF; nftables",
+    "SETGID": "setgroups(2), setresgid(2) in the keeper, before it executes a VMM",
+    "SETUID": "setresuid(2) in the keeper, before it executes a VMM",
+    "SYS_ADMIN": "mount(2) and umount2(2) of the pager's one-file system at a wake",
+    "SYS_PTRACE": "reading a paused VMM's memory (/proc/<pid>/mem, pagemap) to seal it",
+}
+
+
+def confine(
+    wanted: Collection[str] = tuple(CAPABILITIES), *, filter_calls: bool = True
+) -> capabilities.Status:
+    """Give up everything else, for good. Refused if the kernel reports anything but what was asked for.
+
+    MissingPrerequisite if one of `wanted` is not there to keep. Call with one thread.
+    """
+    wanted = frozenset(wanted)
+    missing = wanted - capabilities.status().permitted
+    if missing:
+        raise MissingPrerequisite(
+            "mvm-hostd lacks capabilities",
+            details=", ".join(f"CAP_{name}" for name in sorted(missing)),
+            resolution="Start it as root, by its systemd unit; a container may have to be given them.",
+        )
+    capabilities.limit_to(wanted)
+    capabilities.no_new_privs()
+    if filter_calls:
+        try:
+            seccomp.install()
+        except NotImplementedError:
+            filter_calls = False  # the unit's SystemCallFilter= is the one there is
+    return check(wanted, filtered=filter_calls)
+
+
+def check(wanted: Collection[str], *, filtered: bool) -> capabilities.Status:
+    """What the kernel says now. Refused unless it is exactly `wanted` and no way back."""
+    found = capabilities.status()
+    expected = frozenset(wanted)
+    wrong = [
+        f"{name}: {', '.join(sorted(there)) or 'none'}"
+        for name, there, right in (
+            ("effective", found.effective, expected),
+            ("permitted", found.permitted, expected),
+            ("bounding", found.bounding, expected),
+            ("inheritable", found.inheritable, frozenset()),
+            ("ambient", found.ambient, frozenset()),
+        )
+        if there != right
+    ]
+    if not found.no_new_privs:
+        wrong.append("NoNewPrivs: 0")
+    if filtered and found.seccomp != 2:
+        wrong.append(f"Seccomp: {found.seccomp}")
+    if wrong:
+        raise Refused(
+            "mvm-hostd could not give up its privileges",
+            details="\n".join(wrong),
+            resolution="It does not start with more than docs/privileges.md lists; see what its manager gave it.",
+        )
+    return found

@@ -1,0 +1,534 @@
+"""mvm-hostd's loop: one thread, one poll, and a process for every operation.
+
+    accept -> who is it (SO_PEERCRED) -> one request -> admit -> answer here, or fork a `Job` and pass on what it says
+
+Rules:
+- Nothing in the loop waits for a client, a guest, an instance or a program. It does wait for its own disk: documents
+  are read there, and sessions of others than root are audited there.
+- A request is answered exactly once. Its verb comes from the table or it is refused.
+- A client that goes away does not end its operation. Two operations on one instance are serialised by its lock.
+- Refusals are logged with the peer's ids. Nothing of a payload is logged but ids that were parsed.
+- At the start every instance is recovered, as jobs like any other; READY is told to systemd when all have been.
+- SIGTERM: no new connections, no new operations; those in progress get DRAIN_S, then SIGTERM, then SIGKILL. VMs stay.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mvm.core.errors import Busy, Conflict, InvalidInput, MvmError, NotFound, Refused, ResourceExhausted
+from mvm.core.ids import InstanceId
+from mvm.core.plan import InstancePlan
+from mvm.hostd.admission import all_instances, check_peer
+from mvm.hostd.connection import Connection, Gone
+from mvm.hostd.job import Ended, Job
+from mvm.hostd.log import Log
+from mvm.hostd.service import Service
+from mvm.linux.sd_notify import Notifier
+from mvm.linux.sockets import PeerCredentials, peer
+from mvm.linux.stream import peer_groups
+from mvm.wire.hostd_api import (
+    VERBS,
+    ChannelAnswer,
+    ChannelRequest,
+    CloseRequest,
+    InstanceRequest,
+    ListRequest,
+    Nothing,
+    PlanRequest,
+    TenantRequest,
+    Verb,
+    Where,
+)
+from mvm.wire.hostd_frames import decode_request, encode_answer, encode_error, encode_progress
+
+DRAIN_S = 60.0
+CONNECTIONS = 512
+"""Of which the last RESERVED are for root: a group cannot lock the operator out."""
+RESERVED = 32
+WAITING_PER_INSTANCE = 4
+_ROOT = PeerCredentials(0, 0, 0)
+_RECOVER = VERBS["inspect_instance"]
+
+
+class Server:
+    """`listener`: a listening stream socket, owned. `gid`: of the group that may connect, or None for root alone."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        service: Service,
+        *,
+        gid: int | None,
+        operations: int,
+        log: Log,
+        notifier: Notifier,
+    ) -> None:
+        self._listener: socket.socket | None = listener
+        self._service = service
+        self._gid = gid
+        self._operations = operations
+        self._log = log
+        self._notifier = notifier
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._connections: dict[int, Connection] = {}
+        self._jobs: dict[int, Job] = {}
+        self._to_recover: deque[InstanceId] = deque()
+        self._ready = False
+        self._stopping = False
+        self._woken, self._waker = socket.socketpair()
+        self._drain_until = 0.0
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        assert self._listener is not None
+        self._listener.setblocking(False)
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._watch(self._listener.fileno(), select.POLLIN, lambda _: self._accept())
+        self._watch(self._woken.fileno(), select.POLLIN, lambda _: self._drain_wakeups())
+        self._to_recover.extend(all_instances(self._service.store))
+        self._log.info("started", pid=os.getpid(), node=self._service.node, instances=len(self._to_recover))
+        # What is there now is shared with every child; without this the first collection in one would copy it all.
+        gc.collect()
+        gc.freeze()
+        while not (self._stopping and not self._jobs):
+            self._recover_next()
+            for fd, events in self._poll.poll(self._patience()):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(events)
+            self._expire()
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._log.info("stopped")
+
+    # Signals.
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self._stopping = True
+
+    def _drain_wakeups(self) -> None:
+        try:
+            while self._woken.recv(64):
+                pass
+        except BlockingIOError:
+            pass
+        if self._stopping and self._listener is not None:
+            self._log.info("stopping", operations=len(self._jobs))
+            self._notifier.tell("STOPPING=1", f"STATUS=waiting for {len(self._jobs)} operations")
+            self._unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+            self._to_recover.clear()
+            self._drain_until = time.monotonic() + DRAIN_S
+            for connection in list(self._connections.values()):
+                if connection.job is None:
+                    self._drop(connection)
+
+    # Descriptors.
+
+    def _watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        self._poll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    # Time.
+
+    def _patience(self) -> int | None:
+        """Milliseconds until the next thing that is due by the clock."""
+        due = [c.deadline for c in self._connections.values() if c.deadline is not None]
+        due += [job.deadline for job in self._jobs.values()]
+        if self._drain_until:
+            due.append(self._drain_until)
+        return None if not due else max(0, int((min(due) - time.monotonic()) * 1000) + 1)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for connection in list(self._connections.values()):
+            if connection.deadline is not None and connection.deadline <= now:
+                self._log.warning("client too slow", uid=connection.peer.uid, pid=connection.peer.pid)
+                self._drop(connection)
+        for job in list(self._jobs.values()):
+            if job.deadline <= now:
+                self._log.warning("operation too slow", verb=job.verb, instance=job.instance, child=job.pid)
+                job.kill() if job.terminated else job.end()
+        if self._drain_until and self._drain_until <= now:
+            self._drain_until = 0.0
+            for job in self._jobs.values():
+                if not job.terminated:
+                    job.end()
+
+    # Clients.
+
+    def _accept(self) -> None:
+        if self._listener is None:
+            return
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:  # gone again, or no descriptors left
+            if not isinstance(error, BlockingIOError):
+                self._log.error("accept failed", error=str(error))
+                time.sleep(0.01)  # it stays readable: without this the loop would spin
+            return
+        who = peer(sock)
+        connection = Connection(sock, who)
+        try:
+            check_peer(who, peer_groups(sock), self._gid)
+            room = CONNECTIONS if who.uid == 0 else CONNECTIONS - RESERVED
+            if len(self._connections) >= room:
+                raise ResourceExhausted(
+                    "mvm-hostd has too many connections",
+                    details=f"{len(self._connections)} are open.",
+                    resolution="Wait until other commands have ended, then try again.",
+                )
+        except MvmError as error:
+            self._log.warning("refused", uid=who.uid, gid=who.gid, pid=who.pid, error=error.brief)
+            try:
+                connection.queue(encode_error(error))
+            except Gone:
+                pass
+            connection.close()
+            return
+        self._connections[sock.fileno()] = connection
+        self._watch(sock.fileno(), select.POLLIN, lambda events: self._serve(connection, events))
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        try:
+            if events & select.POLLOUT:
+                connection.send()
+            if events & ~select.POLLOUT:
+                for body in connection.receive():
+                    self._request(connection, body)
+        except Gone:
+            self._drop(connection)
+            return
+        except InvalidInput as error:
+            self._refuse(connection, error)
+        self._settle(connection)
+
+    def _settle(self, connection: Connection) -> None:
+        """Have poll wait for what this connection is to do next."""
+        fd = connection.fileno()
+        if fd not in self._handlers:
+            return
+        if connection.closing and not connection.wants_write:
+            self._drop(connection)
+            return
+        # With an operation under way only the end of the connection matters, which poll tells unasked.
+        events = select.POLLIN if connection.wants_read and connection.job is None else 0
+        self._poll.modify(fd, events | (select.POLLOUT if connection.wants_write else 0))
+
+    def _drop(self, connection: Connection) -> None:
+        fd = connection.fileno()
+        if self._connections.pop(fd, None) is None:
+            return
+        self._unwatch(fd)
+        if connection.job is not None:
+            connection.job.connection = None
+        connection.close()
+
+    def _refuse(self, connection: Connection, error: MvmError) -> None:
+        """For bytes that are no request: say so and hang up, for what follows cannot be trusted to begin anywhere."""
+        who = connection.peer
+        self._log.warning("malformed", uid=who.uid, pid=who.pid, error=error.brief, details=error.details)
+        connection.closing = True
+        self._reply(connection, encode_error(error))
+
+    def _reply(self, connection: Connection, body: bytes, *, droppable: bool = False) -> None:
+        try:
+            connection.queue(body, droppable=droppable)
+        except Gone:
+            self._drop(connection)
+
+    # Requests.
+
+    def _request(self, connection: Connection, untrusted_body: bytes) -> None:
+        if connection.closing:
+            return
+        if connection.job is not None:
+            raise InvalidInput(
+                "a request came before the answer to the one before",
+                resolution="Send one at a time on a connection.",
+            )
+        verb, request = decode_request(untrusted_body)
+        del untrusted_body
+        who = connection.peer
+        try:
+            self._service.admit(request)
+            if verb.where is Where.CHILD:
+                self._operate(connection, verb, request)
+                return
+            answer = self._answer(connection, verb, request)
+        except MvmError as error:
+            self._log.warning(
+                "refused", verb=verb.name, instance=_instance(request), uid=who.uid, pid=who.pid,
+                kind=error.kind, error=error.brief,
+            )  # fmt: skip
+            self._reply(connection, encode_error(error))
+            return
+        except OSError as error:
+            self._log.error("failed", verb=verb.name, error=str(error))
+            self._reply(connection, encode_error(_internal(error)))
+            return
+        if answer is not None:
+            self._reply(connection, encode_answer(answer))
+
+    def _answer(self, connection: Connection, verb: Verb, request: Any) -> Any:
+        """What the loop answers itself; None if it has been sent already."""
+        service = self._service
+        if connection.lease is not None and not isinstance(request, CloseRequest):
+            raise Conflict(
+                "this connection holds a guest's channel", resolution="Ask for anything else on another one."
+            )
+        if isinstance(request, ChannelRequest):
+            return self._open_channel(connection, request)
+        if isinstance(request, CloseRequest):
+            if connection.lease is None:
+                raise Conflict("this connection holds no channel", resolution="Open one first.")
+            connection.give_back(clean=request.clean)
+            return Nothing()
+        if isinstance(request, ListRequest):
+            return service.list_instances(request)
+        if isinstance(request, TenantRequest):
+            return service.inspect_tenant(request)
+        if verb.name == "ping":
+            return service.describe(
+                operations=sum(1 for j in self._jobs.values() if j.verb != "recover"),
+                channels=sum(1 for c in self._connections.values() if c.lease is not None),
+                recovering=len(self._to_recover) + sum(1 for j in self._jobs.values() if j.verb == "recover"),
+            )
+        raise AssertionError(f"{verb.name} has no answer")
+
+    def _open_channel(self, connection: Connection, request: ChannelRequest) -> None:
+        who = connection.peer
+        try:
+            lease, sock = self._service.host.lease_channel(request.instance)
+        except MvmError as error:
+            self._service.note_channel(request, who, error)
+            raise
+        with sock:
+            connection.lease = lease
+            # Before the guest can be reached through it.
+            self._service.note_channel(request, who, None)
+            answer = ChannelAnswer(lease.port or 0, lease.was_clean)
+            self._log.info(
+                "channel", instance=request.instance, purpose=request.purpose.value, uid=who.uid, pid=who.pid
+            )
+            connection.queue_with_fd(encode_answer(answer), sock.fileno())
+
+    # Operations.
+
+    def _operate(self, connection: Connection, verb: Verb, request: Any) -> None:
+        if connection.lease is not None:
+            raise Conflict(
+                "this connection holds a guest's channel", resolution="Ask for anything else on another one."
+            )
+        instance = _instance(request)
+        assert instance is not None
+        if self._stopping:
+            raise Busy("mvm-hostd is stopping", resolution="Try again when it runs.")
+        asked = [job for job in self._jobs.values() if job.verb != "recover"]
+        if len(asked) >= self._operations:
+            raise Busy(
+                "mvm-hostd is busy with other operations",
+                details=f"{len(asked)} are in progress, which is its limit.",
+                resolution="Try again in a moment.",
+            )
+        if sum(1 for job in asked if job.instance == instance) >= WAITING_PER_INSTANCE:
+            raise Busy(
+                f"too many operations wait for {instance}",
+                details=f"{WAITING_PER_INSTANCE} are in progress or waiting.",
+                resolution="Wait for them to end, then try again.",
+            )
+        plan = request.plan if isinstance(request, PlanRequest) else None
+        job = Job(
+            verb=verb.name, instance=instance, plan=plan, peer=connection.peer, connection=connection,
+            timeout_s=verb.timeout_s,
+        )  # fmt: skip
+        self._start(job, verb, request)
+        connection.job = job
+
+    def _recover_next(self) -> None:
+        """Start what the start-up still has to recover; when all is done, say that we are ready."""
+        running = sum(1 for job in self._jobs.values() if job.verb == "recover")
+        while self._to_recover and running < self._operations:
+            instance = self._to_recover.popleft()
+            try:
+                self._recover(instance)
+            except MvmError as error:  # any command on the instance recovers it as well
+                self._log.error("not recovered", instance=instance, error=error.brief)
+                continue
+            running += 1
+        if not self._ready and not running and not self._to_recover and not self._stopping:
+            self._ready = True
+            self._notifier.tell("READY=1", "STATUS=serving")
+            self._log.info("ready")
+
+    def _recover(self, instance: InstanceId) -> None:
+        job = Job(
+            verb="recover",
+            instance=instance,
+            plan=None,
+            peer=_ROOT,
+            connection=None,
+            timeout_s=_RECOVER.timeout_s,
+        )
+        self._start(job, _RECOVER, InstanceRequest(instance))
+
+    def _start(self, job: Job, verb: Verb, request: Any) -> None:
+        starting = ("create_instance", "wake_instance")
+        admitted = [other.plan for other in self._jobs.values() if other.plan and other.verb in starting]
+        try:
+            job.start(lambda tell: self._in_child(job, verb, request, admitted, tell), self._leave_loop)
+        except OSError as error:
+            raise ResourceExhausted("no process could be started", details=str(error)) from error
+        assert job.sock is not None
+        self._jobs[job.pid] = job
+        self._watch(job.sock.fileno(), select.POLLIN, lambda _: self._relay(job))
+        self._watch(job.pidfd, select.POLLIN, lambda _: self._ended(job))
+        if job.verb != "recover":
+            self._log.info(
+                "operation",
+                verb=verb.name,
+                instance=job.instance,
+                uid=job.peer.uid,
+                pid=job.peer.pid,
+                child=job.pid,
+            )
+
+    def _relay(self, job: Job) -> None:
+        before = job.sock.fileno() if job.sock is not None else -1
+        for body in job.messages():
+            final = not body.startswith(b'{"progress"')
+            job.answered = job.answered or final
+            if job.connection is not None:
+                if final:
+                    job.connection.job = None
+                self._reply(job.connection, body, droppable=not final)
+                if job.connection is not None:
+                    self._settle(job.connection)
+                if final:
+                    job.connection = None
+        if job.sock is None and before >= 0:
+            self._unwatch(before)
+
+    def _ended(self, job: Job) -> None:
+        self._relay(job)
+        if job.sock is not None:
+            self._unwatch(job.sock.fileno())
+        self._unwatch(job.pidfd)
+        status = job.reap()
+        took = round((time.monotonic() - job.began) * 1000)
+        job.close()
+        del self._jobs[job.pid]
+        if job.answered:
+            return
+        # Killed, or it died of a defect. What it was at is recovered before anybody asks.
+        how = (
+            f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
+        )
+        self._log.error("operation died", verb=job.verb, instance=job.instance, how=how, ms=took)
+        if job.connection is not None:
+            connection, job.connection = job.connection, None
+            connection.job = None
+            error = Busy(
+                f"{job.verb} on {job.instance} was ended before it was done",
+                details=how,
+                resolution="It is being recovered. Look at the instance, then try again.",
+            )
+            self._reply(connection, encode_error(error))
+            self._settle(connection)
+        if job.verb != "recover" and not self._stopping:
+            self._to_recover.append(job.instance)
+
+    # In the child.
+
+    def _leave_loop(self) -> None:
+        """Forget all that is the loop's, so that nothing here closes a descriptor that has another meaning by then.
+
+        The descriptors themselves are closed by the job. Locks stay the parent's: it still has its own.
+        """
+        for connection in self._connections.values():
+            connection.sock.detach()
+        for job in self._jobs.values():
+            if job.sock is not None:
+                job.sock.detach()
+        for sock in (self._listener, self._woken, self._waker):
+            if sock is not None:
+                sock.detach()
+        self._notifier.forget()
+
+    def _in_child(
+        self, job: Job, verb: Verb, request: Any, admitted: list[InstancePlan], tell: Callable[[bytes], None]
+    ) -> None:
+        def progress(phase: str) -> None:
+            tell(encode_progress(phase))
+
+        log, began = self._log, time.monotonic()
+        error: MvmError | None = None
+        body = b""
+        try:
+            body = encode_answer(self._service.perform(verb, request, job.peer, progress, admitted))
+        except MvmError as raised:
+            error = raised
+        except Ended:
+            error = Busy(
+                f"{job.verb} on {job.instance} was ended",
+                details="It took too long, or mvm-hostd is stopping. What it had begun was undone or finished.",
+                resolution="Look at the instance, then try again.",
+            )
+        except BaseException as defect:
+            trace = "".join(traceback.format_exception(defect, limit=-6))
+            log.error("defect", verb=job.verb, instance=job.instance, trace=trace[-480:])
+            error = _internal(defect)
+        if error is not None:
+            body = encode_error(error)
+        tell(body)
+        took = round((time.monotonic() - began) * 1000)
+        if error is None:
+            if job.verb != "recover":
+                log.info("done", verb=job.verb, instance=job.instance, uid=job.peer.uid, ms=took)
+        elif not (job.verb == "recover" and isinstance(error, NotFound)):
+            # Not its details: they may quote a guest's console, which is the tenant's.
+            level = (
+                log.warning
+                if isinstance(error, Refused | Conflict | InvalidInput | NotFound | Busy)
+                else log.error
+            )
+            level(
+                "not done", verb=job.verb, instance=job.instance, uid=job.peer.uid, kind=error.kind,
+                error=error.brief, ms=took,
+            )  # fmt: skip
+
+
+def _instance(request: Any) -> InstanceId | None:
+    if isinstance(request, PlanRequest):
+        return request.plan.instance
+    found = getattr(request, "instance", None)
+    return found if isinstance(found, InstanceId) else None
+
+
+def _internal(error: BaseException) -> MvmError:
+    return MvmError(
+        "mvm-hostd failed",
+        details=f"{type(error).__name__}: {error}"[:500],
+        resolution="This is a defect or a broken disk: see journalctl -u mvm-hostd",
+    )
