@@ -172,7 +172,8 @@ class Lab:
         for place in places:
             place.fd = network.open_tap(place.tap, 0, bridge)
             self._stack.callback(os.close, place.fd)
-            assert place.greet(), "the gateway answers to an honest guest"
+            # The kernel takes up to a second to let a bridge speak that has just got its first port.
+            assert any(place.greet() for _ in range(12)), "the gateway answers to an honest guest"
         return places
 
     def heard(self) -> list[bytes]:
@@ -196,6 +197,7 @@ def network_lab() -> Iterator[Lab]:
             internet = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, internet)
             ip("link", "add", "in0", "address", "02:ee:00:00:00:01", "type", "veth", "peer", "name", "up0")
+            network.disable_ipv6("in0")
             ip("link", "set", "up0", "netns", f"/proc/{os.getpid()}/fd/{node}")
             for address in (SITE, OTHER_SITE, RESOLVER, ELSEWHERE_IN_THE_FLEET, CLOUD_METADATA):
                 ip("address", "add", f"{address}/32", "dev", "lo")
@@ -207,6 +209,7 @@ def network_lab() -> Iterator[Lab]:
             ear.bind(("in0", 0))
         with inside(node):
             ip("link", "set", "lo", "up")
+            network.disable_ipv6("up0")
             ip("address", "add", f"{HOST}/24", "dev", "up0")
             ip("link", "set", "up0", "up")
             ip("route", "add", "default", "via", NEIGHBOUR_OF_THE_HOST)

@@ -28,6 +28,7 @@ from mvm.core.revision import (
     Revision,
     decode_revision,
 )
+from mvm.hostd import net_policy
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
@@ -88,7 +89,7 @@ def has_secrets(store: Store, plan: InstancePlan) -> bool:
 def assemble(
     store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision, *, cold: bool
 ) -> Iterator[Machine]:
-    """The machine of `plan`. Makes the tenant's bridge where it is missing, and if `cold` the data disk.
+    """The machine of `plan`. Makes the tenant's bridge and rules where they are missing, and if `cold` the data disk.
 
     A woken guest has its disk's content in memory, so for it a missing disk is NotFound and never an empty one.
     """
@@ -115,6 +116,7 @@ def assemble(
         finally:
             secrets_store.wipe_all(secrets)
         network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
+        net_policy.ensure(store, plan)
         tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
         folder = store.revisions_dir / plan.revision
         yield Machine(

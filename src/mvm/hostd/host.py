@@ -12,6 +12,7 @@ from mvm.core.ids import InstanceId
 from mvm.core.lifecycle import Action, State, command_for
 from mvm.core.plan import InstancePlan, check_plan
 from mvm.core.record import InstanceRecord
+from mvm.hostd import net_policy
 from mvm.hostd.guest_channel import GuestChannel, acquire_session_port, connect
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.operations.context import ANSWER_S, Context
@@ -78,6 +79,8 @@ class Host:
             with self._instance(instance, progress) as context:
                 destroy(context, wipe_volumes=wipe_volumes)
         except NotFound:
+            # An earlier destroy may have been cut short after the last of the instance's files.
+            net_policy.refresh(self._store)
             if wipe_volumes:
                 self._wipe_kept(instance)
 

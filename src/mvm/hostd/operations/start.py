@@ -5,6 +5,7 @@ from __future__ import annotations
 from mvm.core import record as records
 from mvm.core.lifecycle import Action
 from mvm.core.plan import InstancePlan
+from mvm.hostd import net_policy
 from mvm.hostd.assembly import assemble, load_revision, require_memory, verify_artifacts
 from mvm.hostd.operations.context import BOOT_S, Context
 
@@ -20,6 +21,7 @@ def start(context: Context, plan: InstancePlan) -> None:
     revision = load_revision(context.store, plan)
     context.driver.version()
     require_memory(plan)
+    net_policy.require()
     with context.step(Action.RUN) as due:
         if not due:
             return

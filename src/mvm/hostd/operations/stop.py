@@ -7,6 +7,7 @@ import time
 
 from mvm.core.errors import MvmError
 from mvm.core.lifecycle import Action, State
+from mvm.hostd import net_policy
 from mvm.hostd.operations.context import Context
 from mvm.hostd.resources import volume
 from mvm.hostd.store import InstancePaths
@@ -42,6 +43,7 @@ def destroy(context: Context, *, wipe_volumes: bool) -> None:
             if wipe_volumes:
                 volume.wipe(context.paths.data_disk)
     remove_remains(context.paths, wipe_volumes=wipe_volumes)
+    net_policy.refresh(context.store)
 
 
 def remove_remains(paths: InstancePaths, *, wipe_volumes: bool) -> None:

@@ -16,7 +16,7 @@ from mvm.core.errors import GuestError, IntegrityError, MvmError, NotFound
 from mvm.core.lifecycle import Action, command_for
 from mvm.core.plan import InstancePlan
 from mvm.core.snapshot import WakeReceipt
-from mvm.hostd import sealing
+from mvm.hostd import net_policy, sealing
 from mvm.hostd.assembly import assemble, has_secrets, load_revision, require_memory
 from mvm.hostd.guest_channel import WakeReport, distrust_ports
 from mvm.hostd.operations.context import Context
@@ -31,6 +31,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
     context.watch.phase("open snapshot")
     revision = load_revision(context.store, plan)
     require_memory(plan)
+    net_policy.require()
     ref = context.record.snapshot
     with context.step(Action.WAKE, ref.id if ref is not None else None) as due:
         if not due or ref is None:
