@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.contract.hostd.test_crashes import ACT, STEPS
 from tests.support.fake_world import FakeWorld, fake_world
 
+from mvm.core.errors import NotFound
 from mvm.core.lifecycle import TRANSITIONS, Action, State, Step
 from mvm.core.record import reachable
 
@@ -150,3 +151,43 @@ def test_sleeps_and_wakes_killed_at_any_moment(asleep_or_awake: FakeWorld) -> No
             world.host().wake_instance(plan)
         world.assert_runs(plan)
         assert world.marked(plan, text)
+
+
+@pytest.mark.root
+@pytest.mark.req("L3", "L7")
+@pytest.mark.parametrize("wipe", [True, False])
+def test_starts_stops_and_ends_killed_at_any_moment(asleep_or_awake: FakeWorld, wipe: bool) -> None:
+    world, rng = asleep_or_awake, random.Random(19)
+    plan = world.plan()
+
+    def state() -> State | None:
+        try:
+            return world.host().inspect_instance(plan.instance).state
+        except NotFound:
+            return None
+
+    for _ in range(20):
+        world.killed_after(rng.uniform(0, 0.1), lambda h: h.create_instance(plan))
+        found = state()
+        assert found in (None, State.CREATED, State.STOPPED, State.RUNNING)
+        if found is State.RUNNING:
+            world.assert_runs(plan)
+        else:
+            world.assert_nothing_runs(plan)
+        assert world.host().create_instance(plan).state is State.RUNNING
+        world.assert_runs(plan)
+        if rng.random() < 0.5:
+            world.killed_after(rng.uniform(0, 0.1), lambda h: h.stop_instance(plan.instance))
+            found = state()
+            assert found in (State.RUNNING, State.STOPPED)
+            world.assert_runs(plan) if found is State.RUNNING else world.assert_nothing_runs(plan)
+        world.killed_after(
+            rng.uniform(0, 0.1), lambda h: h.destroy_instance(plan.instance, wipe_volumes=wipe)
+        )
+        found = state()
+        assert found in (None, State.RUNNING, State.STOPPED)
+        if found is not State.RUNNING:
+            world.assert_nothing_runs(plan)
+    world.host().destroy_instance(plan.instance, wipe_volumes=True)
+    assert not world.paths(plan).base.exists()
+    assert (world.processes(), world.mounts(), world.links()) == ({}, [], set())
