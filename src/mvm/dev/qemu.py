@@ -36,7 +36,7 @@ from mvm.hostd.vmm.qemu import command as layout
 from mvm.hostd.vmm.qemu.driver import QMP_SOCKET, QemuDriver
 from mvm.linux import machine as host
 from mvm.linux.files import ensure_dir, locked, read_bounded, remove_tree, write_atomic
-from mvm.linux.pidfd import is_alive, terminate
+from mvm.linux.pidfd import is_alive, open_pidfd, terminate
 from mvm.linux.process import wait_readable
 from mvm.linux.sockets import listen_unix
 from mvm.linux.tsc import tsc_khz
@@ -272,8 +272,6 @@ class QemuNode:
             return False
 
     def _ends(self, running: Running, within_s: float) -> bool:
-        from mvm.linux.pidfd import open_pidfd
-
         fd = open_pidfd(running.vmm)
         if fd is None:
             return True

@@ -54,7 +54,8 @@ def main_suite(sources: tuple[Source, ...]) -> str:
 def render(sources: tuple[Source, ...]) -> str:
     """As a deb822 file, which is what mmdebstrap reads from its standard input."""
     return "\n".join(
-        f"Types: deb\nURIs: {s.uri}\nSuites: {s.suite}\nComponents: {' '.join(s.components)}\nSigned-By: {s.signed_by}\n"
+        f"Types: deb\nURIs: {s.uri}\nSuites: {s.suite}\n"
+        f"Components: {' '.join(s.components)}\nSigned-By: {s.signed_by}\n"
         for s in sources
     )
 
