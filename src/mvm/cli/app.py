@@ -47,7 +47,10 @@ class App:
     def store(self) -> Store:
         """For reading only: nothing is made, root rights are not asked for."""
         from mvm.hostd.store import Store
+        from mvm.standalone.compose import daemon_socket
 
+        if os.geteuid() != 0 and daemon_socket(Path(self.root)) is not None:
+            return self.node().store  # what the daemon lets this user see
         return Store(Path(self.root))
 
     def say(self, text: str) -> None:

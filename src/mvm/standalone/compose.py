@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,23 @@ CACHE = Path("/var/cache/mvm")
 """What can be found out again: whether acceleration works here, what nix has evaluated."""
 
 
+HOSTD_SOCKET = Path("/run/mvm/hostd.sock")
+
+
+def daemon_socket(root: Path) -> Path | None:
+    """Where mvm-hostd listens for this state root, or None: the command then does its work itself.
+
+    $MVM_HOSTD names the socket, or is empty for "no daemon". Without it, the installed daemon's socket is used where it
+    is there, for the root that daemon serves.
+    """
+    from mvm.hostd.store import DEFAULT_ROOT
+
+    named = os.environ.get("MVM_HOSTD")
+    if named is not None:
+        return Path(named) if named else None
+    return HOSTD_SOCKET if root == DEFAULT_ROOT and os.path.exists(HOSTD_SOCKET) else None
+
+
 def key_provider(root: Path) -> KeyProvider:
     """The development provider: the others need a coordinator or a vault."""
     from mvm.hostd.keys.development import DevelopmentKeyProvider
@@ -24,7 +42,12 @@ def key_provider(root: Path) -> KeyProvider:
 
 
 def host(store: Store, keys: KeyProvider) -> Host:
-    """QEMU: the driver that every machine with Debian packages has."""
+    """The daemon if there is one, else this process with QEMU, the driver that every machine has packages for."""
+    path = daemon_socket(store.root)
+    if path is not None:
+        from mvm.standalone.remote import SocketHost
+
+        return SocketHost(path)
     from mvm.hostd.host import Host as RealHost
     from mvm.hostd.vmm.qemu.driver import QemuDriver
 

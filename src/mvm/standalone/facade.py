@@ -7,10 +7,11 @@ order root, tenant, instance.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from mvm.core.ids import InstanceId, PoolId, TenantId
 from mvm.core.lifecycle import Action
@@ -69,9 +70,15 @@ class Standalone:
 
     @classmethod
     def open(cls, root: Path, command: tuple[str, ...] = ("mvm",)) -> Self:
-        """The state root at `root`, made if it is not there. MissingPrerequisite without root rights."""
+        """The state root at `root`, made if it is not there. Without root rights: what mvm-hostd lets its group do,
+        or MissingPrerequisite where there is no daemon."""
         from mvm.standalone import compose
 
+        member = compose.daemon_socket(root) if os.geteuid() != 0 else None
+        if member is not None:
+            from mvm.standalone.remote import MemberNode
+
+            return cast("Self", MemberNode.at(member, command))
         store = Store(root)
         store.open()
         keys = compose.key_provider(root)

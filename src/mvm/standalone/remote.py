@@ -1,0 +1,173 @@
+"""The privileged side across mvm-hostd's socket, for root and for members of its group.
+
+Root has the documents on disk and sends the verbs to the daemon: `SocketHost` takes the place of the in-process host,
+and nothing else changes. A member of the group can read nothing below the state root: `MemberNode` has the same facade
+over `MemberStore`, whose documents come from the daemon, and refuses what only root may do. The daemon audits what a
+member does.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Self, cast
+
+from mvm.core.addressing import Allocations, Lease
+from mvm.core.audit import AuditEntry, Verified
+from mvm.core.errors import Conflict, MissingPrerequisite
+from mvm.core.history import History
+from mvm.core.ids import InstanceId, TenantId
+from mvm.core.lifecycle import Action, State, command_for
+from mvm.core.record import InstanceRecord
+from mvm.core.spec import TenantSpec
+from mvm.hostd.guest_channel import GuestChannel, PortLease
+from mvm.hostd.store import Store
+from mvm.linux.stream import UnixStream
+from mvm.standalone.facade import Standalone
+from mvm.wire.hostd_api import Purpose
+from mvm.wire.hostd_client import HostdClient
+
+_NOWHERE = Path("/nonexistent/mvm")
+
+
+class SocketHost(HostdClient):
+    """Implements `mvm.standalone.ports.Host`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(lambda: UnixStream.dial(path))
+
+    @contextmanager
+    def channel(self, instance: InstanceId) -> Iterator[GuestChannel]:
+        with self.channel_for(instance, Purpose.SECRETS, "") as channel:
+            yield channel
+
+    @contextmanager
+    def channel_for(self, instance: InstanceId, action: str, program: str) -> Iterator[GuestChannel]:
+        """A session, and what the audit log of a member's doings shall say of it. Conflict unless it runs."""
+        record = self.inspect_instance(instance)
+        if record.state is not State.RUNNING:
+            verb = Action.WAKE if record.state is State.SLEEPING else Action.RUN
+            raise Conflict(
+                f"{instance} is {record.state}",
+                details="Only a running guest can be talked to.",
+                resolution=f"{verb.value.capitalize()} it first: {command_for(verb, instance)}",
+            )
+        opened = self.open_channel(instance, Purpose(action), program)
+        # It has what the channel asks of a lease; the lock itself is in the daemon.
+        with GuestChannel(socket.socket(fileno=opened.fd), cast(PortLease, opened)) as channel:
+            yield channel
+
+
+class MemberStore(Store):
+    """What the daemon says of tenants and instances. There are no files: paths lead nowhere."""
+
+    def __init__(self, client: HostdClient) -> None:
+        super().__init__(_NOWHERE)
+        self._client = client
+
+    def open(self) -> None:
+        """Nothing to make."""
+
+    def tenants(self) -> list[TenantId]:
+        """Those with an instance."""
+        return sorted({line.instance.tenant for line in self._client.list_instances()})
+
+    def load_spec(self, tenant: TenantId) -> TenantSpec:
+        return self._client.inspect_tenant(tenant).spec
+
+    def load_history(self, tenant: TenantId) -> History:
+        return self._client.inspect_tenant(tenant).history
+
+    def instances(self, tenant: TenantId) -> list[InstanceId]:
+        return [line.instance for line in self._client.list_instances(tenant)]
+
+    def load_record(self, instance: InstanceId) -> InstanceRecord:
+        return self._client.inspect_instance(instance)
+
+    def load_allocations(self) -> Allocations:
+        found = {line.instance.tenant for line in self._client.list_instances()}
+        return Allocations(
+            leases=tuple(Lease(t, self._client.inspect_tenant(t).index) for t in sorted(found))
+        )
+
+    def tenant_lock(self, tenant: TenantId) -> NoReturn:
+        _needs_root()
+
+    def allocations(self) -> NoReturn:
+        _needs_root()
+
+
+class _DaemonAudits:
+    """Implements AuditLog: the daemon writes the entries, because the caller may not."""
+
+    def append(self, entry: AuditEntry) -> None:
+        """Written by the daemon already."""
+
+    def verify(self, tenant: TenantId) -> Verified:
+        _needs_root()
+
+
+class _NoKeys:
+    """No key of any tenant is a member's to use."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _needs_root()
+
+
+class MemberNode(Standalone):
+    """Running, sleeping, waking, stopping, destroying and looking at instances, and sessions with guests."""
+
+    @classmethod
+    def at(cls, path: Path, command: tuple[str, ...]) -> Self:
+        """`path`: of the daemon's socket."""
+        host = SocketHost(path)
+        keys: Any = _NoKeys()
+        return cls(
+            MemberStore(host),
+            keys,
+            host=lambda: host,
+            workshop=_needs_root,
+            audit=_DaemonAudits(),
+            command=command,
+        )
+
+    def create(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+    def destroy(self, *_: Any, **__: Any) -> NoReturn:
+        _needs_root()
+
+    def build(self, *_: Any, **__: Any) -> NoReturn:
+        _needs_root()
+
+    def pin(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+    def rollback(self, *_: Any, **__: Any) -> NoReturn:
+        _needs_root()
+
+    def create_pool(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+    def scale_pool(self, *_: Any, **__: Any) -> NoReturn:
+        _needs_root()
+
+    def destroy_pool(self, *_: Any, **__: Any) -> NoReturn:
+        _needs_root()
+
+    def set_secrets(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+    def rotate_secrets(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+
+def _needs_root() -> NoReturn:
+    raise MissingPrerequisite(
+        "this needs root",
+        details="Members of mvm-hostd's group may run, stop and enter instances; tenants, builds, secrets and logs are "
+        "root's.",
+        resolution="Run the command with sudo.",
+    )
