@@ -69,6 +69,13 @@ Standard error can also have lines `{"warning":"..."}`, `{"progress":"..."}` and
 | `node info` | `node_id`, `root`, `host`, `tools`, `nft`, `vmm`, `key_provider`, `key_warning`, `networks`, \
 `instances`, `unseen` |
 | `doctor` | `id`, `what`, `result` (`ok`, `warning`, `fail`, `n/a`), `seen`, `fix` |
+| `posture` | `id`, `area`, `mode`, `status` (`held`, `not-held`, `not-there`, `nothing`, `unknown`), `statement`, \
+`check`, `seen`, `requires`; last `mode`, `missing`, `unseen` |
+| `start` | `node` (`driver`, `state`, `accel`, `accel_reason`, `image`, `vcpus`, `mem_mib`, `disk_gib`, \
+`disk_used_bytes`, `uptime_s`, `pid`, `folder`), `changed` |
+| `stop` | `how` (`absent`, `stopped`, `shut-down`, `killed`), `discarded`, `changed` |
+| `status` | `node`, as for `start` |
+| `sync` | `place`, `id`, `files`, `bytes` |
 | `completion` | `shell`, `script` |
 | `--version` | `version` |
 

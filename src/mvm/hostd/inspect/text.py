@@ -146,3 +146,48 @@ def _has_key(word: str) -> bool:
         any(c.isdigit() for c in part) and any(c.islower() for c in part) and any(c.isupper() for c in part)
         for part in _KEY_WORD.findall(word)
     )
+
+
+class Mapping(msgspec.Struct, frozen=True):
+    """A writable mapping of a file. `device`: `major:minor`, decimal; `size` in bytes."""
+
+    path: str
+    device: str
+    inode: int
+    size: int
+    shared: bool
+
+
+_MAP: Final = re.compile(
+    r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-]w[x-]([ps]) [0-9a-f]+ ([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,20})\s+(/.*)"
+)
+
+
+def parse_writable_maps(maps: str) -> tuple[Mapping, ...]:
+    """The writable mappings with a file behind them in /proc/PID/maps."""
+    found = []
+    for line in maps.split("\n"):
+        match = _MAP.fullmatch(line)
+        if match is not None:
+            start, end, kind, major, minor, inode, path = match.groups()
+            device = f"{int(major, 16)}:{int(minor, 16)}"
+            found.append(Mapping(path, device, int(inode), int(end, 16) - int(start, 16), kind == "s"))
+    return tuple(found)
+
+
+class Mount(msgspec.Struct, frozen=True):
+    point: str
+    device: str
+    kind: str
+
+
+def parse_mounts(mountinfo: str) -> tuple[Mount, ...]:
+    """/proc/PID/mountinfo, in mount order."""
+    found = []
+    for line in mountinfo.split("\n"):
+        left, separator, right = line.partition(" - ")
+        fields, kind = left.split(" "), right.partition(" ")[0]
+        if separator and len(fields) >= 6 and kind:
+            point = fields[4].replace("\\040", " ").replace("\\134", "\\")
+            found.append(Mount(point, fields[2], kind))
+    return tuple(found)

@@ -130,3 +130,29 @@ def test_any_values_in_a_status(values: dict[str, str]) -> None:
 @given(st.binary(min_size=32, max_size=32))
 def test_every_key_in_hexadecimal_is_noticed(key: bytes) -> None:
     assert text.key_like([f"secret,id=key,data={key.hex()}"]) == ["argument 0"]
+
+
+@pytest.mark.req("S3")
+def test_writable_mappings_of_files() -> None:
+    maps = """\
+55d0c8a00000-55d0c8c00000 r-xp 00000000 fe:00 1234                       /usr/bin/qemu-system-x86_64
+55d0c9000000-55d0c9100000 rw-p 00900000 fe:00 1234                       /usr/bin/qemu-system-x86_64
+7f0000000000-7f0010000000 rw-s 00000000 00:2d 2                          /memory with spaces
+7f0020000000-7f0030000000 rw-p 00000000 00:00 0
+7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0                          [stack]
+"""
+    assert text.parse_writable_maps(maps) == (
+        text.Mapping("/usr/bin/qemu-system-x86_64", "254:0", 1234, 1 << 20, False),
+        text.Mapping("/memory with spaces", "0:45", 2, 256 << 20, True),
+    )
+
+
+def test_mounts() -> None:
+    table = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n31 22 0:28 / /a\\040b rw - tmpfs tmpfs rw\nx\n"
+    assert text.parse_mounts(table) == (text.Mount("/", "254:0", "ext4"), text.Mount("/a b", "0:28", "tmpfs"))
+
+
+@given(st.text())
+def test_any_text_is_a_list_of_mappings_and_of_mounts(anything: str) -> None:
+    text.parse_writable_maps(anything)
+    text.parse_mounts(anything)
