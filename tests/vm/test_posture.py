@@ -11,9 +11,11 @@ from tests.support.qemu_world import QemuWorld, qemu_world
 from mvm.builder.model import Artifacts
 from mvm.core.plan import InstancePlan
 from mvm.core.posture import GUARANTEES
+from mvm.hostd import net_policy
 from mvm.hostd.inspect.guarantees import SCENE_JUDGES
 from mvm.hostd.inspect.scene import Scene, read_scene
-from mvm.hostd.resources import secrets_store, volume
+from mvm.hostd.resources import forwarding, nft_rules, nftables, secrets_store, volume
+from mvm.linux import process
 from mvm.linux.secret import SecretBytes
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -23,7 +25,7 @@ Started = tuple[QemuWorld, InstancePlan]
 HELD = (
     "memory-in-ram", "volume-encrypted", "no-key-in-sight", "secrets-sealed", "vmm-uid", "vmm-no-capabilities",
     "vmm-no-new-privs", "vmm-seccomp", "artifacts-unchanged", "network-separate", "ipv6-closed", "no-network-control",
-    "keys-wrapped",
+    "keys-wrapped", "firewall",
 )  # fmt: skip
 
 
@@ -94,6 +96,20 @@ def test_ipv6_switched_on_by_hand_is_named(started: Started) -> None:
     assert held is False
     assert plan.network.bridge in seen
     assert status(looked(world), "ipv6-closed")[0] is True
+
+
+@pytest.mark.req("O6", "N2", "N3")
+def test_a_rule_removed_by_hand_is_named(started: Started) -> None:
+    world, _ = started
+    policy = net_policy.wanted(world.store, forwarding.host_network())
+    process.run(["nft", "delete", "table", "inet", nft_rules.TABLE], timeout=20)
+    try:
+        held, _, seen = status(looked(world), "firewall")
+    finally:
+        nftables.apply(policy)
+    assert held is False
+    assert "table inet" in seen
+    assert status(looked(world), "firewall")[0] is True
 
 
 @pytest.mark.req("O6", "S1", "S3", "S4")

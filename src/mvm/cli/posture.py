@@ -57,7 +57,9 @@ def examined(app: App) -> list[Finding]:
     root = Path(app.root)
     host = read_host(root)
     checks = diagnose(Facts(app.root, host, read_tools(), read_nft(), Acceleration("", "not asked for")))
-    scene = read_scene(app.store(), compose.key_provider(root)) if os.geteuid() == 0 else None
+    scene = None
+    if os.geteuid() == 0:
+        scene = read_scene(app.store(), compose.key_provider(root), compose.daemon_socket(root))
     return examine(app.root, host, checks, scene)
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from mvm.core.posture import GUARANTEES, Finding, Verdict, find
+from mvm.hostd.confine import CAPABILITIES
 from mvm.hostd.inspect import text
 from mvm.hostd.inspect.doctor import Check, Result, open_to_others
 from mvm.hostd.inspect.host import HostFacts
-from mvm.hostd.inspect.scene import Scene, SnapshotFile, VmmFacts
+from mvm.hostd.inspect.scene import CAPABILITY_SETS, Scene, SnapshotFile, VmmFacts
 from mvm.linux.process import clean_environment
 
 _SHOWN: Final = 5
@@ -330,6 +331,38 @@ def _no_network_control(scene: Scene) -> Verdict:
     return _of_vmms(scene, judge)
 
 
+def _firewall(scene: Scene) -> Verdict:
+    if any("net" in vmm.process.own_namespaces for vmm in scene.vmms):
+        return Verdict(None, 0, "VMMs are in another network namespace than this command")
+    if scene.firewall.problem:
+        return Verdict(None, 0, scene.firewall.problem)
+    problems = [f"not as it should be: {place}" for place in scene.firewall.differences]
+    return _verdict(len(scene.vmms), "running VMMs behind the rules", problems)
+
+
+def _bounded_capabilities(scene: Scene) -> Verdict:
+    expected = tuple(sorted(CAPABILITIES))
+    problems = (
+        []
+        if scene.daemons
+        else ["no daemon serves this state root: the command works with all of root's rights"]
+    )
+    for daemon in scene.daemons:
+        who = f"process {daemon.pid}"
+        for name in CAPABILITY_SETS:
+            wanted = expected if name in ("permitted", "effective", "bounding") else ()
+            has = daemon.capabilities.get(name, ("?",))
+            if has != wanted:
+                problems.append(f"{who}: {name} capabilities are {', '.join(has) or 'none'}")
+        if not daemon.no_new_privs:
+            problems.append(f"{who}: NoNewPrivs is 0")
+        if not daemon.seccomp:
+            problems.append(f"{who}: no seccomp filter")
+        if daemon.network_sockets:
+            problems.append(f"{who}: holds {daemon.network_sockets} network sockets")
+    return _verdict(len(scene.daemons), "daemons", problems)
+
+
 def _audit(scene: Scene) -> Verdict:
     problems = [f"{log.name}: {log.problem}" for log in scene.audits if log.problem]
     return _verdict(len(scene.audits), "audit logs", problems)
@@ -378,7 +411,9 @@ SCENE_JUDGES: Final[dict[str, Callable[[Scene], Verdict]]] = {
     "artifacts-unchanged": _artifacts,
     "network-separate": _network_separate,
     "ipv6-closed": _ipv6,
+    "firewall": _firewall,
     "no-network-control": _no_network_control,
+    "bounded-capabilities": _bounded_capabilities,
     "audit-chain": _audit,
 }
 HOST_JUDGES: Final[dict[str, Callable[[str, HostFacts, dict[str, Check]], Verdict]]] = {

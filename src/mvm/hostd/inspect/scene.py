@@ -15,14 +15,14 @@ from mvm.core.addressing import instance_uid
 from mvm.core.errors import IntegrityError, InvalidInput, MvmError, NotFound
 from mvm.core.ids import TenantId
 from mvm.core.revision import DOCUMENT, FILES, REVISION_BYTES, decode_revision
-from mvm.hostd import sealing
+from mvm.hostd import net_policy, sealing
 from mvm.hostd.assembly import verify_artifacts
 from mvm.hostd.inspect import text
 from mvm.hostd.inspect.host import PathFacts, path_facts
 from mvm.hostd.inspect.process import ProcessFacts, holders, read_process
 from mvm.hostd.keys import parse_header
-from mvm.hostd.resources import audit, network, secrets_store, volume
-from mvm.linux import machine, pidfd
+from mvm.hostd.resources import audit, forwarding, network, nftables, secrets_store, volume
+from mvm.linux import capabilities, machine, pidfd
 from mvm.linux.files import read_bounded
 
 if TYPE_CHECKING:
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from mvm.core.record import InstanceRecord
     from mvm.hostd.keys import KeyProvider
     from mvm.hostd.resources.network import ObservedLink
+    from mvm.hostd.resources.nftables import Ruleset
     from mvm.hostd.store import Store
 
 _HEAD = 8
+CAPABILITY_SETS = ("permitted", "effective", "bounding", "inheritable", "ambient")
 
 
 class VmmFacts(msgspec.Struct, frozen=True):
@@ -92,6 +94,23 @@ class Checked(msgspec.Struct, frozen=True):
     problem: str
 
 
+class DaemonFacts(msgspec.Struct, frozen=True):
+    """A process that listens on the daemon's socket. `capabilities`: by set, of all threads together."""
+
+    pid: int
+    capabilities: dict[str, tuple[str, ...]]
+    no_new_privs: bool
+    seccomp: bool
+    network_sockets: int
+
+
+class FirewallFacts(msgspec.Struct, frozen=True):
+    """`differences`: what is live and what should be; `problem`: why that is not known."""
+
+    differences: tuple[str, ...]
+    problem: str = ""
+
+
 class Scene(msgspec.Struct, frozen=True):
     vmms: tuple[VmmFacts, ...]
     volumes: tuple[VolumeFacts, ...]
@@ -108,11 +127,14 @@ class Scene(msgspec.Struct, frozen=True):
     audits: tuple[Checked, ...]
     revisions: tuple[Checked, ...]
     kvm_gid: int | None
+    firewall: FirewallFacts
+    daemons: tuple[DaemonFacts, ...]
     unreadable: tuple[str, ...]
 
 
-def read_scene(store: Store, keys: KeyProvider) -> Scene:
-    """Needs root. Reads every artifact in use and every audit log in full."""
+def read_scene(store: Store, keys: KeyProvider, daemon: Path | None = None) -> Scene:
+    """Needs root. Reads every artifact in use and every audit log in full. `daemon`: the socket of the one that serves
+    this state root, if there is one."""
     unreadable: list[str] = []
     records: list[InstanceRecord] = []
     instances = [i for tenant in _tenants(store) for i in store.instances(tenant)]
@@ -145,6 +167,8 @@ def read_scene(store: Store, keys: KeyProvider) -> Scene:
         audits=_audits(store),
         revisions=_revisions(store, {record.revision for record in records if record.revision}),
         kvm_gid=os.stat("/dev/kvm").st_gid if os.path.exists("/dev/kvm") else None,
+        firewall=_firewall(store) if vmms else FirewallFacts(()),
+        daemons=_daemons(daemon),
         unreadable=tuple(unreadable),
     )
 
@@ -303,6 +327,58 @@ def _ipv6_off(link: str) -> bool:
             return file.read().strip() == b"1"
     except OSError:
         return False
+
+
+def _firewall(store: Store) -> FirewallFacts:
+    try:
+        wanted = nftables.ruleset(net_policy.wanted(store, forwarding.host_network()))
+        return FirewallFacts(tuple(differences(wanted, nftables.read())))
+    except (MvmError, OSError) as error:
+        return FirewallFacts((), error.brief if isinstance(error, MvmError) else str(error))
+
+
+def differences(wanted: Ruleset, live: Ruleset) -> list[str]:
+    """Each table, chain and set that is not as it should be, by name."""
+    found = [f"table {name}" for name in sorted(wanted.tables ^ live.tables)]
+    for what, ours, theirs in (("chain", wanted.chains, live.chains), ("set", wanted.sets, live.sets)):
+        places = sorted(ours.keys() | theirs.keys())
+        found += [f"{what} {' '.join(place)}" for place in places if ours.get(place) != theirs.get(place)]
+    if wanted.others != live.others:
+        found.append("objects that are not mvm's")
+    return found
+
+
+def _daemons(path: Path | None) -> tuple[DaemonFacts, ...]:
+    """Whoever has the socket open, but for init, which may have bound it."""
+    if path is None:
+        return ()
+    with open("/proc/thread-self/net/unix", encoding="utf-8", errors="replace") as file:
+        inodes = text.parse_unix_table(file.read(), str(path))
+    found, _ = holders([f"socket:[{inode}]" for inode in inodes])
+    facts = [_daemon(pid) for pid in sorted({pid for _, pid in found if pid != 1})]
+    return tuple(one for one in facts if one is not None)
+
+
+def _daemon(pid: int) -> DaemonFacts | None:
+    process = read_process(pid, (), "")
+    sets: dict[str, set[str]] = {name: set() for name in CAPABILITY_SETS}
+    if process is None:
+        return None
+    try:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{tid}/status", encoding="ascii", errors="replace") as file:
+                status = capabilities.parse_status(file.read())
+            for name in CAPABILITY_SETS:
+                sets[name] |= getattr(status, name)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return DaemonFacts(
+        pid=pid,
+        capabilities={name: tuple(sorted(names)) for name, names in sets.items()},
+        no_new_privs=all(thread.no_new_privs for thread in process.threads),
+        seccomp=all(thread.seccomp == 2 for thread in process.threads),
+        network_sockets=process.network_sockets,
+    )
 
 
 def _audits(store: Store) -> tuple[Checked, ...]:

@@ -10,21 +10,27 @@ from tests.unit.hostd.inspect.test_doctor import FIT, ROOT, facts
 
 from mvm.core.ids import InstanceId, SnapshotId, TenantId
 from mvm.core.posture import GUARANTEES, Status, assess
+from mvm.hostd.confine import CAPABILITIES
 from mvm.hostd.inspect.doctor import diagnose
 from mvm.hostd.inspect.guarantees import HOST_JUDGES, MAGIC, SCENE_JUDGES, SEGMENT_MAGIC, examine
 from mvm.hostd.inspect.host import PathFacts
 from mvm.hostd.inspect.process import OpenFile, ProcessFacts
 from mvm.hostd.inspect.scene import (
     Checked,
+    DaemonFacts,
+    FirewallFacts,
     Scene,
     SecretsFacts,
     SnapshotFacts,
     SnapshotFile,
     VmmFacts,
     VolumeFacts,
+    differences,
 )
 from mvm.hostd.inspect.text import Mapping, ThreadStatus
 from mvm.hostd.resources.network import ObservedLink
+from mvm.hostd.resources.nftables import EMPTY as NO_RULES
+from mvm.hostd.resources.nftables import ObservedChain, Ruleset
 from mvm.hostd.sealing import layout
 from mvm.linux.process import clean_environment
 
@@ -65,12 +71,21 @@ LINKS = {
     "mvm-b1": ObservedLink("mvm-b1", "bridge", "", True, 1500, addresses=("10.240.1.1/24",)),
     "mvm-t1-0": ObservedLink("mvm-t1-0", "tun", "", True, 1500, master="mvm-b1", isolated=True),
 }
+GIVEN = tuple(sorted(CAPABILITIES))
+DAEMON = DaemonFacts(
+    5,
+    {**dict.fromkeys(("permitted", "effective", "bounding"), GIVEN), "inheritable": (), "ambient": ()},
+    True,
+    True,
+    0,
+)
 WELL = Scene(
     vmms=(VMM,), volumes=(VOLUME,), hidden_processes=(), snapshots=(SNAPSHOT,),
     snapshot_parents=(PathFacts(f"{BASE}/snapshots", "directory", 0, 0o700),),
     secrets=(SecretsFacts(f"{ROOT}/tenants/acme/secrets.sealed", True),), provider="vault", provider_warning="",
     development_keys=0, links=LINKS, ipv6_off={"mvm-b1": True, "mvm-t1-0": True}, ipv6=True,
-    audits=(Checked("acme", ""),), revisions=(Checked("abc", ""),), kvm_gid=106, unreadable=(),
+    audits=(Checked("acme", ""),), revisions=(Checked("abc", ""),), kvm_gid=106,
+    firewall=FirewallFacts(()), daemons=(DAEMON,), unreadable=(),
 )  # fmt: skip
 EMPTY = msgspec.structs.replace(
     WELL, vmms=(), volumes=(), snapshots=(), snapshot_parents=(), secrets=(), links={}, ipv6_off={}, audits=(),
@@ -101,6 +116,10 @@ def scene(**changes: Any) -> Scene:
     return msgspec.structs.replace(WELL, **changes)
 
 
+def daemon(**changes: Any) -> Scene:
+    return scene(daemons=(msgspec.structs.replace(DAEMON, **changes),))
+
+
 def snapshot(**changes: Any) -> Scene:
     return scene(snapshots=(msgspec.structs.replace(SNAPSHOT, **changes),))
 
@@ -123,7 +142,9 @@ def test_all_is_well(name: str) -> None:
 
 
 @pytest.mark.req("O6")
-@pytest.mark.parametrize("name", [name for name in SCENE_JUDGES if name != "key-provider"])
+@pytest.mark.parametrize(
+    "name", [name for name in SCENE_JUDGES if name not in ("key-provider", "bounded-capabilities")]
+)
 def test_nothing_to_look_at_is_not_held(name: str) -> None:
     verdict = SCENE_JUDGES[name](EMPTY)
     assert (verdict.held, verdict.count) == (True, 0)
@@ -189,6 +210,14 @@ WRONG: list[tuple[str, Scene]] = [
     ("no-network-control", process(network_sockets=1)),
     ("no-network-control", vmm(runtime=PathFacts("r", "directory", 0, 0o755))),
     ("no-network-control", vmm(runtime=None)),
+    ("firewall", scene(firewall=FirewallFacts(("chain inet forward",)))),
+    ("bounded-capabilities", scene(daemons=())),
+    ("bounded-capabilities", daemon(no_new_privs=False)),
+    ("bounded-capabilities", daemon(seccomp=False)),
+    ("bounded-capabilities", daemon(network_sockets=1)),
+    ("bounded-capabilities", daemon(capabilities={**DAEMON.capabilities, "bounding": (*GIVEN, "SYS_MODULE")})),
+    ("bounded-capabilities", daemon(capabilities={**DAEMON.capabilities, "ambient": GIVEN})),
+    ("bounded-capabilities", daemon(capabilities={})),
     ("audit-chain", scene(audits=(Checked("acme", "line 3 was edited"),))),
 ]  # fmt: skip
 
@@ -217,6 +246,8 @@ UNSEEN: list[tuple[str, Scene]] = [
     ("volume-locked", scene(hidden_processes=(1,))),
     ("network-separate", process(own_namespaces=("net",))),
     ("ipv6-closed", process(own_namespaces=("net",))),
+    ("firewall", process(own_namespaces=("net",))),
+    ("firewall", scene(firewall=FirewallFacts((), "nft is not installed"))),
 ]
 
 
@@ -281,3 +312,13 @@ def test_guarantees_of_the_host(name: str, changes: dict[str, Any], status: Stat
     host = msgspec.structs.replace(FIT, **changes)
     findings = {f.guarantee.id: f.status for f in examine(ROOT, host, diagnose(facts(host)), WELL)}
     assert findings[name] is status
+
+
+@pytest.mark.req("O6", "N3")
+def test_each_part_of_the_rules_that_differs_is_named() -> None:
+    chain = ObservedChain("filter forward 0 drop", ("a rule",))
+    wanted = Ruleset(frozenset({"inet"}), {("inet", "forward"): chain}, {})
+    assert differences(wanted, wanted) == []
+    assert differences(wanted, NO_RULES) == ["table inet", "chain inet forward"]
+    changed = Ruleset(frozenset({"inet"}), {("inet", "forward"): chain._replace(rules=())}, {}, ("{}",))
+    assert differences(wanted, changed) == ["chain inet forward", "objects that are not mvm's"]
