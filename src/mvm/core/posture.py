@@ -298,8 +298,8 @@ GUARANTEES: Final = (
     Guarantee(
         "bounded-capabilities", "control", _H,
         "The privileged daemon holds the documented capabilities, filtered system calls, and nothing more.",
-        "mvm-hostd serves this state root; on every thread its capability sets are the documented ones, NoNewPrivs is"
-        " 1, Seccomp is 2, and it holds no network socket.",
+        "mvm-hostd answers for this state root; on every thread its capability sets are the documented ones, NoNewPrivs"
+        " is 1, Seccomp is 2, and it holds no network socket.",
         ("H3",),
         note="Without the daemon the command does the work itself, with all of root's rights.",
     ),

@@ -1,8 +1,9 @@
 """Looking at this host without changing it: what it is, whether it is fit, which guarantees hold right now.
 
 Runs as: root sees all of it; anybody else sees less, and is told what. Talks to: /proc, /sys, the files of the state
-root, and programs asked only for their version or for a dry run. May never: write, lock, recover or signal anything,
-nor report a guess: what could not be read is said to be unknown.
+root, programs asked only for their version, a list or a dry run, and a daemon asked only who it is. May never: write,
+lock, recover or signal anything, nor report a guess: what could not be read is said to be unknown. The one exception is
+the boot probe, which runs on request and keeps its answer.
 
 Reading (`host`, `tools`, `process`, `scene`) is apart from judging (`doctor`, `guarantees`), which is pure.
 

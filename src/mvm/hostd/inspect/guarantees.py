@@ -345,7 +345,7 @@ def _bounded_capabilities(scene: Scene) -> Verdict:
     problems = (
         []
         if scene.daemons
-        else ["no daemon serves this state root: the command works with all of root's rights"]
+        else ["no daemon answers for this state root: the command works with all of root's rights"]
     )
     for daemon in scene.daemons:
         who = f"process {daemon.pid}"

@@ -95,7 +95,7 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 class DaemonFacts(msgspec.Struct, frozen=True):
-    """A process that listens on the daemon's socket. `capabilities`: by set, of all threads together."""
+    """The process that answers at the daemon's socket. `capabilities`: by set, of all threads together."""
 
     pid: int
     capabilities: dict[str, tuple[str, ...]]
@@ -349,14 +349,19 @@ def differences(wanted: Ruleset, live: Ruleset) -> list[str]:
 
 
 def _daemons(path: Path | None) -> tuple[DaemonFacts, ...]:
-    """Whoever has the socket open, but for init, which may have bound it."""
+    """The daemon that answers at `path`. It names its own pid, because its socket may be systemd's; what it may is read
+    from the kernel all the same, and a process that is no daemon of ours would have to be as confined."""
     if path is None:
         return ()
-    with open("/proc/thread-self/net/unix", encoding="utf-8", errors="replace") as file:
-        inodes = text.parse_unix_table(file.read(), str(path))
-    found, _ = holders([f"socket:[{inode}]" for inode in inodes])
-    facts = [_daemon(pid) for pid in sorted({pid for _, pid in found if pid != 1})]
-    return tuple(one for one in facts if one is not None)
+    from mvm.linux.stream import UnixStream
+    from mvm.wire.hostd_client import HostdClient
+
+    try:
+        pid = HostdClient(lambda: UnixStream.dial(path)).ping().pid
+    except (MvmError, OSError):
+        return ()
+    found = _daemon(pid)
+    return () if found is None else (found,)
 
 
 def _daemon(pid: int) -> DaemonFacts | None:

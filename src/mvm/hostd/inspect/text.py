@@ -116,16 +116,6 @@ def parse_socket_table(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def parse_unix_table(text: str, path: str) -> frozenset[int]:
-    """Inode numbers of the sockets bound to `path` in /proc/net/unix."""
-    found = set()
-    for line in text.split("\n")[1:]:
-        words = line.split(None, 7)
-        if len(words) == 8 and words[7] == path and _DIGITS.fullmatch(words[6]):
-            found.add(int(words[6]))
-    return frozenset(found)
-
-
 def parse_os_release(text: str) -> str:
     """PRETTY_NAME of os-release; "" without one."""
     for line in text.split("\n"):

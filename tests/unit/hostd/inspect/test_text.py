@@ -156,11 +156,3 @@ def test_mounts() -> None:
 def test_any_text_is_a_list_of_mappings_and_of_mounts(anything: str) -> None:
     text.parse_writable_maps(anything)
     text.parse_mounts(anything)
-    text.parse_unix_table(anything, "/run/x")
-
-
-def test_the_sockets_of_a_path() -> None:
-    table = "Num RefCount Protocol Flags Type St Inode Path\n"
-    table += "0: 2 0 10000 1 01 77 /run/mvm/hostd.sock\n0: 3 0 0 1 03 78\n"
-    assert text.parse_unix_table(table, "/run/mvm/hostd.sock") == {77}
-    assert text.parse_unix_table(table, "/run/other") == frozenset()
