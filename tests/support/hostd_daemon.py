@@ -87,8 +87,8 @@ class Daemon:
 
     def raw(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(20)
         sock.connect(str(self.socket))
+        sock.settimeout(20)
         return sock
 
     def lines(self, event: str | None = None) -> list[dict[str, Any]]:
@@ -102,6 +102,7 @@ class Daemon:
 
     def stop(self) -> int:
         assert self.process is not None
+        self._listener.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:

@@ -21,6 +21,13 @@ from mvm.wire.executor import Progress, no_progress
 
 
 class DaemonHost(Host):
+    def inspect_instance(self, instance: InstanceId) -> InstanceRecord:
+        """Also what the start-up does with every instance, so it removes what `attach_drives` may have left."""
+        with self._instance(instance, no_progress) as context:
+            if context.paths.volumes.is_dir():
+                sweep_temporaries(context.paths.volumes)
+            return context.record
+
     def attach_drives(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
         """Have the data volume exist and open with the tenant's key, and the revision be what was built.
 

@@ -311,7 +311,7 @@ class Server:
             return service.inspect_tenant(request)
         if verb.name == "ping":
             return service.describe(
-                operations=sum(1 for j in self._jobs.values() if j.verb != "recover"),
+                operations=len(self._asked()),
                 channels=sum(1 for c in self._connections.values() if c.lease is not None),
                 recovering=len(self._to_recover) + sum(1 for j in self._jobs.values() if j.verb == "recover"),
             )
@@ -345,7 +345,7 @@ class Server:
         assert instance is not None
         if self._stopping:
             raise Busy("mvm-hostd is stopping", resolution="Try again when it runs.")
-        asked = [job for job in self._jobs.values() if job.verb != "recover"]
+        asked = self._asked()
         if len(asked) >= self._operations:
             raise Busy(
                 "mvm-hostd is busy with other operations",
@@ -365,6 +365,10 @@ class Server:
         )  # fmt: skip
         self._start(job, verb, request)
         connection.job = job
+
+    def _asked(self) -> list[Job]:
+        """What clients wait for, or would if they had stayed."""
+        return [job for job in self._jobs.values() if job.verb != "recover" and not job.answered]
 
     def _recover_next(self) -> None:
         """Start what the start-up still has to recover; when all is done, say that we are ready."""

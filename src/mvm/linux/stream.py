@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import socket
+import time
 from pathlib import Path
 from typing import Self
 
@@ -21,8 +22,16 @@ class UnixStream:
 
     @classmethod
     def dial(cls, path: Path, timeout: float = 10.0) -> Self:
-        """Raises OSError: nobody listens, not allowed, no such path."""
-        return cls(connect_unix(path, timeout))
+        """Raises OSError: nobody listens, not allowed, no such path, or not accepted in `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return cls(connect_unix(path, timeout))
+            except BlockingIOError:
+                # The backlog is full. With a time-out the kernel does not wait for room in it.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def send(self, data: bytes) -> None:
         self._sock.settimeout(_SEND_S)
