@@ -46,6 +46,7 @@ if [ "$(cat /opt/mvm/installed.sha256 2>/dev/null)" != "$2" ]; then
     ln -sf /opt/mvm/bin/mvm /usr/local/bin/mvm
     echo "$2" >/opt/mvm/installed.sha256
 fi
+rm -rf "$1"
 """
 
 
@@ -139,7 +140,8 @@ class LimaNode:
         with tempfile.TemporaryDirectory(prefix="mvm-lima-") as scratch:
             (Path(scratch) / name).write_bytes(data)
             (Path(scratch) / "requirements.txt").write_bytes(requirements)
-            there = f"/tmp/mvm-install-{digest[:12]}"
+            # A fresh name each time: into a directory that exists, the copy would go one level deeper.
+            there = f"/tmp/mvm-install-{os.urandom(6).hex()}"
             self._limactl("copy", "--recursive", scratch, f"{INSTANCE}:{there}")
             self._limactl(*self._inside("root", "/bin/sh", "-c", _INSTALL, "mvm-install", there, digest))
 

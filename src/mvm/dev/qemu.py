@@ -83,13 +83,13 @@ class QemuNode:
         self._folder = folder
         self._cache = cache
         self._flake = flake
-        self._runtime = folder / "runtime"
+        self.runtime = folder / "runtime"
 
     # start
 
     def start(self, options: StartOptions, tell: Tell) -> bool:
         _require_root()
-        for parent in (self._folder, self._runtime, self._runtime / "logs"):
+        for parent in (self._folder, self.runtime, self.runtime / "logs"):
             ensure_dir(parent)
         tell.phase("waiting for another command")
         with locked(self._folder / "lock", wait=_LOCK_S):
@@ -105,7 +105,7 @@ class QemuNode:
             return began
 
     def _launch(self, spec: NodeSpec, kept: Kept | None, options: StartOptions, tell: Tell) -> None:
-        end_leftovers(self._runtime)
+        end_leftovers(self.runtime)
         _require_memory(spec)
         driver = QemuDriver(self._cache)
         driver.program()
@@ -120,7 +120,7 @@ class QemuNode:
         argv = machine.command(
             driver.program(), vcpus=spec.vcpus, mem_mib=spec.mem_mib, accel=accel.accel, boot_args=arguments
         )
-        distrust_ports(self._runtime)
+        distrust_ports(self.runtime)
         vmm = self._execute(argv, [os.stat("/dev/kvm").st_gid] if accel.accel == "kvm" else [])
         self._save(Running(vmm, time.time_ns(), accel.accel, accel.reason))
 
@@ -161,8 +161,8 @@ class QemuNode:
         ours, theirs = socket.socketpair()
         try:
             fds = {layout.CONSOLE_FD: theirs.fileno()}
-            names = [(layout.QMP_FD, self._runtime / QMP_SOCKET)]
-            names += [(layout.CHANNEL_FD + n, socket_path(self._runtime, n)) for n in range(CHANNELS)]
+            names = [(layout.QMP_FD, self.runtime / QMP_SOCKET)]
+            names += [(layout.CHANNEL_FD + n, socket_path(self.runtime, n)) for n in range(CHANNELS)]
             for number, path in names:
                 sockets.append(listen_unix(path))
                 fds[number] = sockets[-1].fileno()
@@ -177,9 +177,9 @@ class QemuNode:
                 fds[number] = opened[-1]
             vmm, _keeper = launch(
                 Program(argv, fds, UID, UID, groups),
-                runtime=self._runtime,
+                runtime=self.runtime,
                 console=ours,
-                errors=self._runtime / "logs" / "vmm.log",
+                errors=self.runtime / "logs" / "vmm.log",
             )
         finally:
             for sock in (*sockets, ours, theirs):
@@ -202,7 +202,7 @@ class QemuNode:
                     raise VmmError(
                         "the node ended while it was booting",
                         details=self._last_words(),
-                        resolution=f"See {self._runtime / 'logs'}.",
+                        resolution=f"See {self.runtime / 'logs'}.",
                     ) from error
                 if time.monotonic() > deadline:
                     raise GuestError(
@@ -254,14 +254,14 @@ class QemuNode:
             if how == "killed":
                 tell.phase("ending its process")
                 terminate(running.vmm, 0)
-            await_end(self._runtime)
-        end_leftovers(self._runtime)
+            await_end(self.runtime)
+        end_leftovers(self.runtime)
         for name in [
             QMP_SOCKET,
             "process.json",
-            *(socket_path(self._runtime, n).name for n in range(CHANNELS)),
+            *(socket_path(self.runtime, n).name for n in range(CHANNELS)),
         ]:
-            (self._runtime / name).unlink(missing_ok=True)
+            (self.runtime / name).unlink(missing_ok=True)
         return how
 
     def _power_off(self) -> bool:
@@ -342,11 +342,11 @@ class QemuNode:
         running = self._running()
         if running is not None:
             terminate(running.vmm, 0)
-            await_end(self._runtime)
+            await_end(self.runtime)
 
     @contextmanager
     def _session(self, deadline: float) -> Iterator[GuestChannel]:
-        lease = acquire_session_port(self._runtime)
+        lease = acquire_session_port(self.runtime)
         with connect(lease.socket, lease=lease, deadline=deadline) as channel:
             yield channel
 
@@ -361,18 +361,18 @@ class QemuNode:
 
     def _running(self) -> Running | None:
         """What runs now: a record whose very process is alive."""
-        found = _load(self._runtime / "process.json", Running)
+        found = _load(self.runtime / "process.json", Running)
         return found if found is not None and is_alive(found.vmm) else None
 
     def _save(self, running: Running) -> None:
-        write_atomic(self._runtime / "process.json", msgspec.json.encode(running))
+        write_atomic(self.runtime / "process.json", msgspec.json.encode(running))
 
     def _last_words(self) -> str:
         """The end of the console and of QEMU's own messages."""
         parts = []
         for name in ("console.log", "vmm.log"):
             try:
-                data = (self._runtime / "logs" / name).read_bytes()[-3000:]
+                data = (self.runtime / "logs" / name).read_bytes()[-3000:]
             except OSError:
                 continue
             lines = [
