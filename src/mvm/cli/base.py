@@ -38,7 +38,9 @@ def _common() -> list[click.Option]:
             help="Answer for people (the default), or as JSON lines.",
         ),
         click.Option(
-            ["--root"], metavar="DIR", type=click.Path(file_okay=False, resolve_path=True), expose_value=False,
+            ["--root"], metavar="DIR",
+            # Somebody without root may ask about what root keeps there; each command says what it cannot see.
+            type=click.Path(file_okay=False, readable=False, resolve_path=True), expose_value=False,
             callback=_into_app("root"),
             help="Where state is kept: $MVM_ROOT, or /var/lib/mvm.",
         ),

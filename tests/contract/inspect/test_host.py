@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,44 @@ def test_node_info_of_a_node_without_anything(tmp_path: Path) -> None:
     assert "unencrypted" in seen["key_warning"]
     assert not (tmp_path / "root").exists(), "looking makes nothing"
     assert "environment" in cli(tmp_path / "root", "node", "info").stdout
+
+
+@pytest.mark.root
+@pytest.mark.req("O1")
+def test_a_probe_needs_a_kernel(tmp_path: Path) -> None:
+    done = cli(tmp_path / "root", "node", "info", "--probe")
+    assert done.returncode == 10
+    assert "mvm tenant build" in done.stderr
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A directory that everybody can enter, which pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="mvm-test-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.root
+@pytest.mark.req("O1", "O6")
+@pytest.mark.parametrize("words", [("node", "info"), ("doctor",), ("posture",)], ids=" ".join)
+def test_without_root_less_is_seen_and_that_is_said(outside: Path, words: tuple[str, ...]) -> None:
+    root = outside / "root"
+    assert cli(root, "tenant", "create", "acme", "--flake", "nix/embedded").returncode == 0
+    # The interpreter stays ours; only its rights go, so that the test needs no user who could read the source tree.
+    script = (
+        "import os, sys, json\n"
+        "from mvm.cli.root import root\n"
+        "import mvm.cli.node, mvm.cli.doctor, mvm.cli.posture, mvm.hostd.inspect.guarantees, mvm.hostd.inspect.scene\n"
+        "import mvm.hostd.inspect.node, mvm.hostd.vmm.qemu.driver, mvm.standalone.compose, mvm.hostd.keys.development\n"
+        "import mvm.hostd.vmm.qemu.probe, subprocess\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "root.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words, "--root", str(root)],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == (15 if words == ("doctor",) and "FAIL" in done.stdout else 0), done.stderr
+    assert "only root can" in done.stdout or "sudo mvm" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -2,8 +2,8 @@
 
 Runs as: root sees all of it; anybody else sees less, and is told what. Talks to: /proc, /sys, the files of the state
 root, programs asked only for their version, a list or a dry run, and a daemon asked only who it is. May never: write,
-lock, recover or signal anything, nor report a guess: what could not be read is said to be unknown. The one exception is
-the boot probe, which runs on request and keeps its answer.
+recover or signal anything, hold up a command, or report a guess: what could not be read is said to be unknown. The one
+exception is the boot probe, which runs on request and keeps its answer.
 
 Reading (`host`, `tools`, `process`, `scene`) is apart from judging (`doctor`, `guarantees`), which is pure.
 

@@ -1,6 +1,7 @@
-"""Everything `mvm posture` looks at below one state root, read once, as root, without taking a lock.
+"""Everything `mvm posture` looks at below one state root, read once, as root.
 
-So what is read while a command is at work may be of two moments; a finding that surprises is worth a second look.
+No lock is taken, but a shared one on an audit log while it is verified. So what is read while a command is at work may
+be of two moments; a finding that surprises is worth a second look.
 """
 
 from __future__ import annotations
