@@ -5,7 +5,7 @@ What the filter does, in order:
     another architecture's calls (x32 included)        the process is killed: numbers would mean something else
     a number above all that this table's kernels know  ENOSYS, so that C libraries fall back to what they used before
     clone3                                             ENOSYS: its flags are in memory, where no filter can look
-    clone, unshare with CLONE_NEWUSER                  EPERM: a new user namespace is a new set of capabilities
+    clone with CLONE_NEWUSER                           EPERM: a new user namespace is a new set of capabilities
     socket of an address family not in FAMILIES        EAFNOSUPPORT
     ioctl TIOCSTI                                      EPERM: typing into somebody's terminal
     a call on the list                                 allowed
@@ -107,10 +107,8 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         208, "io_submit": 209, "io_cancel": 210, "semtimedop": 220, "add_key": 248, "keyctl": 250,
         "io_pgetevents": 333,
     },
-    "jails and mounts": {
-        "pivot_root": 155, "chroot": 161, "mount": 165, "umount2": 166, "unshare": 272, "setns": 308,
-        "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432,
-        "mount_setattr": 442,
+    "mounts": {
+        "mount": 165, "umount2": 166,
     },
 }  # fmt: skip
 
@@ -149,8 +147,9 @@ def program() -> list[Instruction]:
         Instruction(_JGE, 0, 1, _NEWEST + 1),
         Instruction(_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
     ]
-    for name, argument, bad in (("clone", 0, _CLONE_NEWUSER), ("unshare", 0, _CLONE_NEWUSER)):
-        made += _if_call(table[name], [_argument(argument), Instruction(_JSET, 0, 1, bad), _return(refuse)])
+    made += _if_call(
+        table["clone"], [_argument(0), Instruction(_JSET, 0, 1, _CLONE_NEWUSER), _return(refuse)]
+    )
     made += _if_call(table["ioctl"], [_argument(1), Instruction(_JEQ, 0, 1, _TIOCSTI), _return(refuse)])
     families = [Instruction(_JEQ, len(FAMILIES) - at, 0, value) for at, value in enumerate(FAMILIES.values())]
     made += _if_call(table["socket"], [_argument(0), *families, _return(_ERRNO | errno.EAFNOSUPPORT)])

@@ -1,0 +1,74 @@
+"""The filter's answers, by an interpreter of the same instructions the kernel runs."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import struct
+
+import pytest
+
+from mvm.linux import seccomp
+
+pytestmark = [
+    pytest.mark.req("H3"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the table is that of x86-64"),
+]
+
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+X86_64, I386 = 0xC000003E, 0x40000003
+
+
+def answer(number: int, *arguments: int, arch: int = X86_64) -> int:
+    six = [*arguments, 0, 0, 0, 0, 0, 0][:6]
+    return seccomp.evaluate(seccomp.program(), struct.pack("=iIQ6Q", number, arch, 0, *six))
+
+
+def test_exactly_the_list_is_allowed() -> None:
+    table = seccomp.allowed()
+    special = {"socket"}
+    for number in range(467):
+        names = [name for name, known in table.items() if known == number]
+        expected = ERRNO | (errno.ENOSYS if number == 435 else errno.EPERM)
+        if names and names[0] not in special:
+            expected = ALLOW
+        if names != ["socket"]:
+            assert answer(number) == expected, (number, names)
+    assert len(set(table.values())) == len(table)
+
+
+def test_other_architectures_die() -> None:
+    assert answer(1, arch=I386) == KILL
+    assert answer(0x40000000 | 1) == KILL
+
+
+@pytest.mark.parametrize("number", [467, 500, 0x3FFFFFFF])
+def test_the_future_does_not_exist(number: int) -> None:
+    assert answer(number) == ERRNO | errno.ENOSYS
+
+
+def test_arguments() -> None:
+    table = seccomp.allowed()
+    assert answer(table["clone"], 0x01200011) == ALLOW
+    assert answer(table["clone"], 0x10000000) == ERRNO | errno.EPERM
+    assert answer(table["ioctl"], 3, 0x5413) == ALLOW
+    assert answer(table["ioctl"], 3, 0x5412) == ERRNO | errno.EPERM
+    for family in range(64):
+        known = family in seccomp.FAMILIES.values()
+        assert answer(table["socket"], family) == (ALLOW if known else ERRNO | errno.EAFNOSUPPORT)
+
+
+DANGEROUS = [
+    "ptrace", "bpf", "kexec_load", "init_module", "unshare", "setns", "io_uring_setup", "userfaultfd",
+    "perf_event_open", "pivot_root", "chroot", "reboot", "swapon",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_what_no_part_of_us_needs(name: str) -> None:
+    assert name not in seccomp.allowed()
+
+
+def test_the_kernels_limit() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        seccomp.assemble([seccomp.program()[0]] * 4097)
