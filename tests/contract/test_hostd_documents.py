@@ -1,0 +1,69 @@
+"""What the unit and the documents say of mvm-hostd is what the code does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mvm.hostd import confine, settings
+from mvm.wire.hostd_api import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = ROOT / "systemd" / "mvm-hostd.service"
+
+
+@pytest.mark.req("H3")
+def test_documented_capabilities() -> None:
+    text = (ROOT / "docs" / "privileges.md").read_text()
+    documented = dict(re.findall(r"^\| `CAP_(\w+)` \| (.*) \|$", text, re.MULTILINE))
+    assert documented == confine.CAPABILITIES
+
+
+@pytest.mark.req("H3", "H7")
+def test_the_units_capabilities() -> None:
+    (line,) = re.findall(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert set(line.split()) == {f"CAP_{name}" for name in (*confine.CAPABILITIES, "SETPCAP")}
+
+
+@pytest.mark.req("H2")
+def test_documented_verbs() -> None:
+    text = (ROOT / "docs" / "formats" / "hostd-protocol.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \| (yes|no) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+    expected = [
+        (v.name, f"{v.timeout_s:g}", "yes" if v.changes else "no", v.where.value, v.purpose)
+        for v in VERBS.values()
+    ]
+    assert rows == expected
+
+
+def test_the_documented_settings_are_valid() -> None:
+    text = (ROOT / "docs" / "privileges.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert settings.parse(example).limits.running == 200
+
+
+@pytest.mark.req("H7")
+@pytest.mark.parametrize("setting", [
+    "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes", "RestrictSUIDSGID=yes",
+    "MemoryDenyWriteExecute=yes", "KillMode=process",
+])  # fmt: skip
+def test_the_unit_says(setting: str) -> None:
+    assert setting in UNIT.read_text().splitlines()
+
+
+@pytest.mark.req("H7")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_exposure() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", str(UNIT)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.search(r"exposure level for mvm-hostd.service: ([\d.]+)", done.stdout)
+    assert found is not None, done.stderr
+    assert float(found[1]) <= 3.0
