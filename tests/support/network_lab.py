@@ -148,6 +148,20 @@ class Lab:
     def __init__(self, internet: int, ear: socket.socket, stack: ExitStack) -> None:
         self.internet, self._ear, self._stack = internet, ear, stack
         self.policy = Policy()
+        self._open: set[int] = set()
+
+    def own(self, fd: int) -> None:
+        """Close it at the end, unless it was disowned."""
+        self._open.add(fd)
+        self._stack.callback(self._close, fd)
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            os.close(fd)
+
+    def disown(self, fd: int) -> int:
+        self._open.remove(fd)
+        return fd
 
     def tenant(
         self,
@@ -171,7 +185,7 @@ class Lab:
         forwarding.open_uplinks(self.policy.host.uplinks)
         for place in places:
             place.fd = network.open_tap(place.tap, 0, bridge)
-            self._stack.callback(os.close, place.fd)
+            self.own(place.fd)
             # The kernel takes up to a second to let a bridge speak that has just got its first port.
             assert any(place.greet() for _ in range(12)), "the gateway answers to an honest guest"
         return places

@@ -150,10 +150,12 @@ def brief_of(error: click.BadParameter) -> str:
 
 
 def close_to(wrong: str, known: list[str]) -> list[str]:
-    """Up to three names that `wrong` may have been meant to be."""
-    from difflib import get_close_matches
+    """Up to three names that `wrong` may have been meant to be, none much less likely than the first."""
+    from difflib import SequenceMatcher, get_close_matches
 
-    return get_close_matches(wrong, known, n=3, cutoff=0.6)
+    found = get_close_matches(wrong, known, n=3, cutoff=0.6)
+    likely = [SequenceMatcher(None, name, wrong).ratio() for name in found]
+    return [name for name, ratio in zip(found, likely, strict=True) if ratio > likely[0] - 0.15]
 
 
 def silence_stdout() -> None:

@@ -69,6 +69,9 @@ Standard error can also have lines `{"warning":"..."}`, `{"progress":"..."}` and
 | `node info` | `node_id`, `root`, `host`, `tools`, `nft`, `vmm`, `key_provider`, `key_warning`, `networks`, \
 `instances`, `unseen` |
 | `doctor` | `id`, `what`, `result` (`ok`, `warning`, `fail`, `n/a`), `seen`, `fix` |
+| `net verify` | one for each `kind`: `difference` (`where`, `what`, `fix`), `probe` (`instance`, `probe`, `ok`, \
+`must`, `seen`), \
+`summary` (`ok`, `tenants`, `running`, `differences`, `probes`, `failed`) |
 | `posture` | `id`, `area`, `mode`, `status` (`held`, `not-held`, `not-there`, `nothing`, `unknown`), `statement`, \
 `check`, `seen`, `requires`; last `mode`, `missing`, `unseen` |
 | `start` | `node` (`driver`, `state`, `accel`, `accel_reason`, `image`, `vcpus`, `mem_mib`, `disk_gib`, \

@@ -14,6 +14,7 @@ ENTRIES: dict[str, Entry] = {
     "instance": ("mvm.cli.instance", "group", "Single microVMs."),
     "flake": ("mvm.cli.flake", "group", "What guests are made from."),
     "audit": ("mvm.cli.audit", "group", "What was done, by a log that shows tampering."),
+    "net": ("mvm.cli.net", "group", "The network of this node's guests."),
     "node": ("mvm.cli.node", "group", "What this machine is, has and runs."),
     "doctor": ("mvm.cli.doctor", "doctor", "Check whether this host is fit for tenants."),
     "start": ("mvm.cli.start", "start", "Start the development node."),

@@ -10,6 +10,7 @@ from mvm.core.ids import InstanceId
 from mvm.core.lifecycle import Action, State, command_for
 from mvm.core.plan import InstancePlan, check_plan
 from mvm.core.record import InstanceRecord
+from mvm.hostd import net_policy
 from mvm.hostd.assembly import load_revision, verify_artifacts
 from mvm.hostd.guest_channel import PortLease, acquire_session_port
 from mvm.hostd.host import Host
@@ -49,7 +50,7 @@ class DaemonHost(Host):
             return context.record
 
     def setup_network(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
-        """Put a running instance's bridge, addresses and port back as its plan says, whatever was done to them.
+        """Put a running instance's bridge, addresses, rules and port back as its plan says, whatever was done to them.
 
         Conflict unless it runs: nothing on the host belongs to an instance that does not.
         """
@@ -60,6 +61,7 @@ class DaemonHost(Host):
                 raise _not_running(context.record)
             context.watch.phase("network")
             network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
+            net_policy.ensure(self._store, plan)
             with nl.Netlink() as route:
                 bridge, tap = route.find_link(net.bridge), route.find_link(net.tap)
                 if tap is None or bridge is None:

@@ -51,6 +51,10 @@ def host_network() -> HostNetwork:
     return HostNetwork(networks=networks, uplinks=uplinks, resolver=_resolver())
 
 
+def has_default_route() -> bool:
+    return bool(parse_routes(_read(_ROUTES))[1])
+
+
 def parse_routes(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(networks attached to the host, interfaces of default routes) from `/proc/net/route`. InvalidInput."""
     networks: set[str] = set()
