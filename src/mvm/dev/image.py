@@ -31,6 +31,7 @@ _BOOTSTRAP_S, _INSTALL_S, _FETCH_S, _FORMAT_S = 1800.0, 600.0, 900.0, 600.0
 _LOCK_S: Final = 1800.0
 _PROGRAMS: Final = {
     "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "chroot": "coreutils", "apt-get": "apt",
+    "unshare": "util-linux",
 }  # fmt: skip
 _MACHINE_SETTINGS: Final = (
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
@@ -158,8 +159,13 @@ def _build(recipe: Recipe, scratch: Path, tell: Tell) -> None:
 
 
 def bootstrap_command(recipe: Recipe, files: Path, root: Path, apt_options: list[str]) -> list[str]:
-    """mmdebstrap's arguments; the sources come on its standard input."""
+    """mmdebstrap's arguments; the sources come on its standard input.
+
+    In mount and process namespaces of its own: what it mounts into the tree, and what it started, is gone with it even
+    when it is killed.
+    """
     argv = [
+        "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--",
         "mmdebstrap", "--mode=root", "--format=directory", "--variant=apt", "--architectures=amd64",
         f"--include={','.join(recipe.packages)}", "--aptopt=APT::Install-Recommends \"false\"",
     ]  # fmt: skip

@@ -227,9 +227,9 @@ class QemuNode:
     # stop
 
     def stop(self, *, grace_s: float, discard: bool, tell: Tell) -> str:
+        _require_root()
         if not self._folder.is_dir():
             return "absent"
-        _require_root()
         tell.phase("waiting for another command")
         with locked(self._folder / "lock", wait=_LOCK_S):
             how = self._stop(grace_s, tell)
@@ -283,6 +283,7 @@ class QemuNode:
     # look
 
     def status(self) -> NodeStatus:
+        _require_root()
         kept = self._kept()
         if kept is None:
             return NodeStatus(self.name, "absent", folder=str(self._folder))
@@ -328,6 +329,7 @@ class QemuNode:
     @contextmanager
     def channel(self) -> Iterator[GuestChannel]:
         """A session channel to the running node. Conflict if it does not run."""
+        _require_root()
         if self._running() is None:
             raise Conflict(
                 "the node is not running",
@@ -418,7 +420,7 @@ def _require_root() -> None:
         raise MissingPrerequisite(
             "the development node needs root",
             details="Its image holds files of root, and QEMU is started as a user that owns nothing.",
-            resolution="Run it as root: sudo mvm start",
+            resolution="Run the command as root, for example with sudo.",
         )
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mvm.cli import dev
-from mvm.core.errors import Conflict, MissingPrerequisite
-from mvm.dev import choose, lima, machine
-from mvm.dev.model import NodeSpec, NodeStatus, StartOptions
+from mvm.core.errors import Conflict, MissingPrerequisite, ResourceExhausted
+from mvm.core.record import ProcessIdentity
+from mvm.dev import choose, disks, image, lima, machine, qemu, recipe, sources
+from mvm.dev.model import NodeSpec, NodeStatus, Quiet, StartOptions
 from mvm.dev.qemu import UID, wanted_spec
+from mvm.linux import machine as host
 
 
 def test_options_go_over_what_was_kept_over_the_defaults() -> None:
@@ -92,6 +96,52 @@ def test_the_platform_chooses() -> None:
     assert choose.node(Path("/r"), "darwin").name == "lima"
     with pytest.raises(MissingPrerequisite):
         choose.node(Path("/r"), "win32")
+
+
+def test_too_little_memory_or_disk_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "memory_available", lambda: 1 << 30)
+    with pytest.raises(ResourceExhausted, match="memory") as caught:
+        qemu._require_memory(NodeSpec())
+    assert "--memory" in caught.value.resolution
+    with pytest.raises(ResourceExhausted, match="disk"):
+        disks.require_space(tmp_path, 1 << 60)
+
+
+def test_missing_programs_are_named_with_the_command_that_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        image, "find_program", lambda name: None if name == "mmdebstrap" else f"/usr/bin/{name}"
+    )
+    made = recipe.make(sources.from_mirror("https://mirror.example/debian"), "")
+    with pytest.raises(MissingPrerequisite) as caught:
+        image.obtain(made, tmp_path, Quiet())
+    assert caught.value.resolution.endswith("apt-get install --no-install-recommends mmdebstrap")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_anybody_but_root_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    node = choose.node(tmp_path, "linux")
+    for act in (node.status, lambda: node.start(StartOptions(), Quiet())):
+        with pytest.raises(MissingPrerequisite, match="root"):
+            act()
+
+
+def test_a_record_of_a_process_that_is_gone_means_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another's by now: start time and boot decide."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (tmp_path / "dev" / "runtime").mkdir(parents=True)
+    kept = qemu.Kept(NodeSpec(), "0" * 32, "abc")
+    (tmp_path / "dev" / "node.json").write_bytes(msgspec.json.encode(kept))
+    stranger = ProcessIdentity(pid=1, start_ticks=2**40, boot_id="0" * 8 + "-0000-0000-0000-" + "0" * 12)
+    record = qemu.Running(stranger, 0, "tcg", "", ready=True)
+    (tmp_path / "dev" / "runtime" / "process.json").write_bytes(msgspec.json.encode(record))
+    assert choose.node(tmp_path, "linux").status().state == "stopped"
 
 
 def test_status_for_people() -> None:

@@ -1,0 +1,90 @@
+"""A tenant's life by the installed mvm in the node, with KVM; and what a loss of power leaves of it.
+
+The guest is built on this computer, whose Nix has it already, and its revision is copied in: the node has no network to
+fetch packages from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+from tests.node.conftest import Rig
+
+pytestmark = [pytest.mark.node]
+
+
+@pytest.fixture(scope="module")
+def tenant(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`acme`, built and not running, in the node."""
+    here = Rig(tmp_path_factory.mktemp("state"))
+    here.mvm(
+        "tenant",
+        "create",
+        "acme",
+        "--flake",
+        "nix/embedded",
+        "--profile",
+        "minimal",
+        "--mem",
+        "192",
+        "--data-disk",
+        "64",
+    )
+    here.mvm("tenant", "build", "acme", timeout=900)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", dereference=True) as archive:
+        archive.add(here.root, arcname=".", filter=_stored)
+    rig.sh("tar -x -C /var/lib/mvm --no-same-owner -p", stdin=out.getvalue())
+    return "acme"
+
+
+def _stored(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Sockets have no place in an archive."""
+    return entry if entry.isreg() or entry.isdir() else None
+
+
+def state(rig: Rig, tenant: str) -> str:
+    shown = json.loads(rig.sh(f"mvm tenant show {tenant} --output json"))
+    return str(shown["instances"][0]["state"])
+
+
+@pytest.mark.req("O4", "L5", "S1", "S2")
+def test_a_life_with_kvm(rig: Rig, tenant: str) -> None:
+    rig.sh(f"mvm tenant run {tenant}", timeout=240)
+    info = json.loads(rig.sh("mvm node info --output json"))
+    assert info["vmm"]["accel"] == "kvm", "the node's own probe boots a kernel with it"
+    assert "-accel kvm" in rig.sh("ps -eo args | grep '[q]emu-system'")
+    rig.sh(f"mvm tenant exec {tenant} -- sh -c 'echo kept in memory >/run/memory'")
+    rig.sh(f"mvm tenant sleep {tenant}")
+    assert state(rig, tenant) == "sleeping"
+    assert rig.sh("ps -eo args | grep -c '[q]emu-system' || true").strip() == "0"
+    rig.sh(f"mvm tenant wake {tenant}")
+    assert rig.sh(f"mvm tenant exec {tenant} -- cat /run/memory").strip() == "kept in memory"
+
+
+@pytest.mark.req("O4", "L3", "K1")
+def test_power_loss_keeps_what_was_synced(rig: Rig, tenant: str) -> None:
+    """In the node, and in the volume of the guest that ran at that moment."""
+    write = "import os; f = open('/state/mark', 'w'); f.write('synced'); f.flush(); os.fsync(f.fileno())"
+    rig.mvm("shell", "--", "python3", "-c", write + "; d = os.open('/state', os.O_RDONLY); os.fsync(d)")
+    rig.sh(f"mvm tenant run {tenant}", timeout=240)
+    rig.sh(f"mvm tenant exec {tenant} -- sh -c 'echo precious >/data/file; sync'")
+    identity = rig.sh("cat /etc/machine-id /var/lib/mvm/node-id")
+    boot = rig.sh("cat /proc/sys/kernel/random/boot_id")
+
+    rig.node.power_loss()
+    assert json.loads(rig.mvm("status", "--output", "json").stdout)["node"]["state"] == "stopped"
+    rig.mvm("shell", "--", "true", code=125)
+    rig.mvm("start")
+
+    assert rig.sh("cat /proc/sys/kernel/random/boot_id") != boot
+    assert rig.sh("cat /state/mark") == "synced"
+    assert rig.sh("cat /etc/machine-id /var/lib/mvm/node-id") == identity
+    rig.sh(f"mvm tenant run {tenant}", timeout=240)
+    assert rig.sh(f"mvm tenant exec {tenant} -- cat /data/file").strip() == "precious"
+    rig.sh(f"mvm tenant destroy {tenant} --wipe-volumes --yes")
+    assert rig.sh("ls /sys/class/net").split() == ["lo"]
+    assert rig.sh("ps -eo args | grep -c '[q]emu-system' || true").strip() == "0"
