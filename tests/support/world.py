@@ -214,7 +214,7 @@ class World:
         assert names == (["latest"] if sleeping else [])
         if sleeping:
             inside = {name.partition("-")[0] for name in os.listdir(snapshots / "latest")}
-            assert inside <= {"manifest", "key", "state", "segment", "working"}
+            assert inside <= {"manifest", "key", "state", "segment", "working"}, inside
 
     def assert_runs(self, plan: InstancePlan) -> None:
         """One VMM, one keeper, one bridge with one tap, and nothing half done."""

@@ -68,7 +68,7 @@ def launch(
     runtime: Path,
     console: socket.socket,
     errors: Path,
-    serve: Callable[[], None] | None = None,
+    serve: Callable[[int], None] | None = None,
     keep: Sequence[int] = (),
 ) -> tuple[ProcessIdentity, ProcessIdentity]:
     """Fork a keeper, which starts `program`. Returns (VMM, keeper).
@@ -201,7 +201,7 @@ def _keeper(
     runtime: Path,
     console: socket.socket,
     errors: Path,
-    serve: Callable[[], None] | None,
+    serve: Callable[[int], None] | None,
     keep: Sequence[int],
     tell: int,
     alive: int,
@@ -228,7 +228,7 @@ def _keeper(
         _close_all_but({0, 1, 2, tell, alive, pidfd, console.fileno(), *keep})
         if serve is not None:
             for _ in range(2):  # one thread may wait for a chunk while the other answers
-                threading.Thread(target=serve, daemon=True).start()
+                threading.Thread(target=serve, args=(pid,), daemon=True).start()
         os.write(tell, f"ok {pid} {os.getpid()}".encode())
         os.close(tell)
         _drain(console, pidfd, runtime / "logs" / "console.log")

@@ -4,9 +4,10 @@
 there is never a mount to clean up: the file system lives exactly as long as the VMM maps it and the keeper answers for
 it. Only the instance's uid can open the file; root cannot, short of tracing the VMM.
 
-A wake touches about the same chunks every time. The image carries the list of those (the working set), and one thread
-places them in the kernel's page cache ahead of the guest (`FUSE_NOTIFY_STORE`), while QEMU is still starting. What the
-guest asks for besides within WINDOW_S seconds is added to the list for the next wake.
+A wake touches about the same pages every time. The image carries the list of those (the working set), and two threads
+place them in the kernel's page cache ahead of the guest (`FUSE_NOTIFY_STORE`), while the VMM is still starting. What
+the VMM has mapped when the guest answers is the list for the next wake; the kernel maps up to 64 KiB around a fault if
+they are there, so it is a little more than what was touched.
 
 Decrypted pages are in the kernel's page cache, in the few chunks of `_recent`, and in the VMM; all of it in memory, all
 of it gone when the VMM is.
@@ -22,17 +23,24 @@ import threading
 import time
 from pathlib import Path
 
-from mvm.core.errors import IntegrityError, MissingPrerequisite
-from mvm.hostd.sealing import CHUNK, SealedImage, load_working_set, save_working_set
+from mvm.core.errors import IntegrityError, MissingPrerequisite, MvmError
+from mvm.hostd import sealing
+from mvm.hostd.sealing import CHUNK, PAGE, SealedImage, load_working_set, save_working_set
 from mvm.hostd.vmm.driver import GuestMemory
-from mvm.linux.fuse import FileServer, mount_file
+from mvm.linux.fuse import ROOT_NODE, FileServer, mount_file
 from mvm.linux.mount import detach
+from mvm.linux.procmem import ProcessMemory
 
-WINDOW_S = 3.0
-WORKING_SET_CHUNKS = 1024
+WINDOW_S = 10.0
+"""How long after a wake the guest's answer is waited for, to record what it touched until then."""
+WORKING_SET_PAGES = 32768
 """128 MiB: what is decrypted ahead at most."""
+_THREADS = 2
 _RECENT = 8
-_COUNT = struct.Struct("<Q")
+_POLL_S = 0.005
+# What the process that wakes the guest and the keeper share: chunks decrypted, and whether the guest has answered.
+_SHARED = struct.Struct("<Q?")
+_PAGES_PER_CHUNK = CHUNK // PAGE
 
 
 class Pager:
@@ -42,26 +50,28 @@ class Pager:
         self._image = image
         self._server = FileServer(device, image.size, uid, gid, self.read)
         self._recent: dict[int, bytes | bytearray] = {}
-        self._touched: dict[int, None] = {}
         self._first = threading.Lock()
-        self._until = 0.0
-        # Shared with the process that forks the keeper, which reads it for the receipt.
-        self._decrypted = mmap.mmap(-1, mmap.PAGESIZE)
+        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
 
-    def serve(self) -> None:
+    def serve(self, vmm: int) -> None:
+        """Answer the kernel until the file system is gone; the first caller sees to the working set as well."""
         if self._first.acquire(blocking=False):
-            self._until = time.monotonic() + WINDOW_S
-            threading.Thread(target=self._ahead, daemon=True).start()
+            threading.Thread(target=self._ahead, args=(vmm,), daemon=True).start()
         self._server.serve()
+
+    def answered(self) -> None:
+        """The guest has answered: what it has touched by now is its working set."""
+        _SHARED.pack_into(self._shared, 0, self.decrypted(), True)
 
     def decrypted(self) -> int:
         """Chunks decrypted so far, from any process that shares this pager."""
-        return int(_COUNT.unpack_from(self._decrypted)[0])
+        return int(_SHARED.unpack_from(self._shared)[0])
 
     def _decrypt(self, number: int) -> bytes | bytearray:
         chunk = self._image.read_chunk(number)
         # Threads may lose a count to each other; a statistic needs no lock on this path.
-        _COUNT.pack_into(self._decrypted, 0, self.decrypted() + 1)
+        count, answered = _SHARED.unpack_from(self._shared)
+        _SHARED.pack_into(self._shared, 0, count + 1, answered)
         return chunk
 
     def read(self, offset: int, size: int) -> list[bytes | memoryview]:
@@ -89,24 +99,87 @@ class Pager:
                 except (KeyError, StopIteration, RuntimeError):
                     break  # the other thread was quicker
             self._recent[number] = found
-            if number not in self._touched and time.monotonic() < self._until:
-                self._touched[number] = None
         return found
 
-    def _ahead(self) -> None:
-        known = load_working_set(self._image)
+    def _ahead(self, vmm: int) -> None:
+        began = time.monotonic()
+        wanted = by_chunk(load_working_set(self._image))
+        numbers = list(wanted)
+        threads = [
+            threading.Thread(target=self._store, args=(numbers[n::_THREADS], wanted), daemon=True)
+            for n in range(_THREADS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        while not _SHARED.unpack_from(self._shared)[1]:
+            if time.monotonic() - began > WINDOW_S:
+                return
+            time.sleep(_POLL_S)
         try:
-            for number in known[:WORKING_SET_CHUNKS]:
-                if number not in self._touched:
-                    self._server.store(number * CHUNK, self._decrypt(number))
-            left = self._until - time.monotonic()
-            if left > 0:
-                time.sleep(left)
-            merged = dict.fromkeys([*known, *self._touched.copy()])
-            if len(merged) != len(known):
-                save_working_set(self._image, list(merged)[:WORKING_SET_CHUNKS])
+            touched = sealing.runs_of(present_pages(vmm, self._image.size))
+            if touched:
+                save_working_set(self._image, capped(touched, WORKING_SET_PAGES))
+        except (OSError, MvmError):
+            return  # the VMM or the snapshot is gone: nothing is lost but a hint
+
+    def _store(self, numbers: list[int], wanted: dict[int, list[tuple[int, int]]]) -> None:
+        """Place the wanted pages of these chunks in the kernel's cache."""
+        try:
+            for number in numbers:
+                chunk = memoryview(self._decrypt(number))
+                for first, count in wanted[number]:
+                    data = chunk[first * PAGE : (first + count) * PAGE]
+                    self._server.store(number * CHUNK + first * PAGE, data)
         except (OSError, IntegrityError):
-            return  # unmounted, or the snapshot is gone: nothing is lost but a hint
+            return  # unmounted, or damaged: who asks for such a page is told so
+
+
+def by_chunk(runs: list[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
+    """Runs of pages of the image, as chunk number -> runs of pages of that chunk."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for first, count in runs:
+        end = first + count
+        while first < end:
+            number, start = divmod(first, _PAGES_PER_CHUNK)
+            stop = min(_PAGES_PER_CHUNK, start + end - first)
+            found.setdefault(number, []).append((start, stop - start))
+            first += stop - start
+    return found
+
+
+def capped(runs: list[tuple[int, int]], pages: int) -> list[tuple[int, int]]:
+    """The first runs, of at most `pages` pages together."""
+    kept = []
+    for first, count in runs:
+        if pages <= 0:
+            break
+        kept.append((first, min(count, pages)))
+        pages -= count
+    return kept
+
+
+def present_pages(vmm: int, size: int) -> bytearray:
+    """One byte a page of guest memory, 1 where the VMM has it mapped. Empty if its mapping is not found."""
+    with open(f"/proc/{vmm}/maps") as file:
+        address = find_mapping(file.read(), size)
+    if address is None:
+        return bytearray()
+    with ProcessMemory(vmm, address, size) as memory:
+        return memory.present_pages()
+
+
+def find_mapping(maps: str, size: int) -> int | None:
+    """Address of the mapping of `size` bytes of a FUSE root (inode 1, no real device) in /proc/<pid>/maps."""
+    for line in maps.splitlines():
+        fields = line.split(None, 5)
+        if len(fields) < 5 or fields[4] != str(ROOT_NODE) or not fields[3].startswith("00:"):
+            continue
+        start, end = (int(number, 16) for number in fields[0].split("-"))
+        if end - start == size:
+            return start
+    return None
 
 
 def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> GuestMemory:
@@ -138,10 +211,12 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
         os.close(handle)
         os.close(device)
 
-    return GuestMemory(handle, (device, *image.descriptors()), pager.serve, close, pager.decrypted)
+    return GuestMemory(
+        handle, (device, *image.descriptors()), pager.serve, close, pager.decrypted, pager.answered
+    )
 
 
 def plain_memory(path: Path) -> GuestMemory:
     """An unencrypted image as guest memory: for measuring what encryption costs, never for a tenant."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    return GuestMemory(fd, (), None, lambda: os.close(fd), lambda: 0)
+    return GuestMemory(fd, (), None, lambda: os.close(fd), lambda: 0, lambda: None)

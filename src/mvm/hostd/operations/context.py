@@ -11,7 +11,7 @@ from pathlib import Path
 from mvm.core import record as records
 from mvm.core.errors import GuestError, MvmError, VmmError
 from mvm.core.ids import InstanceId, SnapshotId
-from mvm.core.lifecycle import Action, NoOp, State, after_failure, plan_transition
+from mvm.core.lifecycle import Action, Intent, NoOp, State, after_failure, plan_transition
 from mvm.core.record import InstanceRecord
 from mvm.hostd import keeper, sealing
 from mvm.hostd.guest_channel import GuestChannel, GuestRefusal, WakeReport, connect, lock_path, socket_path
@@ -113,7 +113,10 @@ class Context:
         )
 
     def revive(self) -> bool:
-        """Whether the VM runs and its guest answers; resumes it for that if it is paused."""
+        """Whether the VM runs and its guest answers; resumes it for that if it is paused.
+
+        A guest whose sleep was broken off was running before: one that is too busy to answer still is.
+        """
         if not self._vmm_is_alive():
             return False
         try:
@@ -123,6 +126,9 @@ class Context:
             finally:
                 vm.close()
             self.tell_awake(remount_secrets=True)
+        except GuestError:
+            pending = self.record.pending
+            return pending is not None and pending.intent is Intent.QUIESCING and self._vmm_is_alive()
         except (MvmError, OSError):
             return False
         return True

@@ -25,7 +25,6 @@ from mvm.hostd.sealing.directory import NEW_PREFIX
 QUIESCE_S = 120.0
 """How long a guest may take to write its dirty pages to its disk."""
 _PAGE = sealing.PAGE
-_CHUNK_PAGES = sealing.CHUNK // sealing.PAGE
 
 
 def sleep(context: Context) -> None:
@@ -111,8 +110,6 @@ def _seal(context: Context, snapshot: SnapshotId) -> tuple[SnapshotRef, sealing.
         writer.write_pages(memory)
         context.fault("pages written")
         writer.write_state(state)
-        if parent is not None:
-            writer.write_working_set(still_used(parent, present))
         context.watch.phase("sync")
         info = writer.finish()
     # A woken guest's memory is its image and what it wrote; the image's untouched part was never in memory.
@@ -124,9 +121,3 @@ def _seal(context: Context, snapshot: SnapshotId) -> tuple[SnapshotRef, sealing.
         chain=info.segments - 1,
     )
     return ref, info, present.count(1) * _PAGE
-
-
-def still_used(parent: sealing.SealedImage, present: bytearray) -> list[int]:
-    """The parent's working set without the chunks that this life never touched."""
-    known = sealing.load_working_set(parent)
-    return [c for c in known if present.find(1, c * _CHUNK_PAGES, (c + 1) * _CHUNK_PAGES) >= 0]

@@ -71,6 +71,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
                 wanted = has_secrets(context.store, plan)
                 report = context.tell_awake(remount_secrets=wanted)
+                memory.answered()
                 _check(context, report, secrets=wanted)
                 phases, total = context.watch.stop()
                 decrypted, chunks = memory.decrypted(), image.chunk_count

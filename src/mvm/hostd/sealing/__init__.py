@@ -17,7 +17,7 @@ from mvm.hostd.sealing.key_slot import rewrap
 from mvm.hostd.sealing.layout import CHUNK, PAGE, SnapshotIdentity, render_fingerprint
 from mvm.hostd.sealing.reader import SealedImage, peek
 from mvm.hostd.sealing.source import MemorySource
-from mvm.hostd.sealing.working_set import load_working_set, save_working_set
+from mvm.hostd.sealing.working_set import load_working_set, runs_of, save_working_set
 from mvm.hostd.sealing.writer import SealedInfo, SealWriter
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "recover",
     "render_fingerprint",
     "rewrap",
+    "runs_of",
     "save_working_set",
 ]

@@ -1,10 +1,11 @@
-"""The chunks a wake touched, in the order it touched them, so that the next wake can decrypt them ahead.
+"""The pages a wake touched until the guest answered, so that the next wake can decrypt them ahead.
 
 A hint: it is stored beside the image, sealed for its snapshot (which memory a guest uses is its own business)
-and never trusted to be there. Any damage reads as "nothing known".
+and never trusted to be there. Any damage reads as "nothing known". Pages, not chunks: of a chunk that is touched at all
+a guest uses a third, and what is placed in its memory for nothing delays what is not.
 
     0  8  "MVMSEALW"
-    8     sealed box: 4 bytes each, chunk numbers, no chunk twice
+    8     sealed box: for each run 4 bytes first page, 4 bytes number of pages; ascending, apart from each other
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mvm.core.errors import IntegrityError, InvalidInput
 from mvm.hostd.sealing import plainfile
-from mvm.hostd.sealing.layout import BOX_OVERHEAD, WORKING_SET_MAGIC, WORKING_SET_NAME
+from mvm.hostd.sealing.layout import BOX_OVERHEAD, CHUNK, PAGE, WORKING_SET_MAGIC, WORKING_SET_NAME
 from mvm.linux.files import raise_if_full, write_all
 
 if TYPE_CHECKING:
@@ -26,56 +27,83 @@ if TYPE_CHECKING:
     from mvm.hostd.sealing.reader import SealedImage
     from mvm.hostd.sealing.records import BoxCipher
 
+PAGES_PER_CHUNK = CHUNK // PAGE
+_RUN = 8
 
-def seal_working_set(box: BoxCipher, chunks: Iterable[int], chunk_count: int) -> bytes:
-    """The file's bytes. Repetitions are dropped; InvalidInput for a chunk that does not exist."""
-    once = dict.fromkeys(chunks)
-    if once and not 0 <= min(once) <= max(once) < chunk_count:
-        raise InvalidInput(f"a working set names chunks of 0 to {chunk_count - 1}")
-    ordered = array("I", once)
+
+def runs_of(marks: bytes | bytearray) -> list[tuple[int, int]]:
+    """Runs (first page, count) of the pages whose byte in `marks` is 1."""
+    runs = []
+    start = marks.find(1)
+    while start >= 0:
+        end = marks.find(0, start)
+        if end < 0:
+            end = len(marks)
+        runs.append((start, end - start))
+        start = marks.find(1, end)
+    return runs
+
+
+def seal_working_set(box: BoxCipher, runs: Iterable[tuple[int, int]], chunk_count: int) -> bytes:
+    """The file's bytes. InvalidInput unless the runs are ascending, apart, and inside the image."""
+    flat = array("I")
+    for first, count in runs:
+        if not (first >= 0 and count > 0 and first + count <= chunk_count * PAGES_PER_CHUNK):
+            raise InvalidInput(f"a working set has pages of 0 to {chunk_count * PAGES_PER_CHUNK - 1}")
+        flat.extend((first, count))
+    if not _ascending(flat):
+        raise InvalidInput("the runs of a working set are ascending and apart")
     if sys.byteorder == "big":
-        ordered.byteswap()
-    return WORKING_SET_MAGIC + box.seal(ordered.tobytes())
+        flat.byteswap()
+    return WORKING_SET_MAGIC + box.seal(flat.tobytes())
 
 
-def save_working_set(image: SealedImage, chunks: Iterable[int]) -> None:
-    """Replace the working set of an open image, atomically. Not synced: a lost hint costs time, not data."""
-    sealed = seal_working_set(image.working_set_box, chunks, image.chunk_count)
-    temporary = f".tmp-{WORKING_SET_NAME}-{os.urandom(6).hex()}"
+def save_working_set(image: SealedImage, runs: Iterable[tuple[int, int]]) -> None:
+    """Replace the working set of an open image, in place: half of one is not authentic and reads as none. Not synced."""
+    sealed = seal_working_set(image.working_set_box, runs, image.chunk_count)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     handle = image.directory_fd
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(temporary, flags, 0o600, dir_fd=handle)
+        fd = os.open(WORKING_SET_NAME, flags, 0o600, dir_fd=handle)
         try:
             write_all(fd, sealed)
         finally:
             os.close(fd)
-        os.rename(temporary, WORKING_SET_NAME, src_dir_fd=handle, dst_dir_fd=handle)
     except OSError as error:
-        try:
-            os.unlink(temporary, dir_fd=handle)
-        except FileNotFoundError:
-            pass
         raise_if_full(error, _shown(handle))
         raise
 
 
-def load_working_set(image: SealedImage) -> array[int]:
-    """Chunk numbers, first touched first; empty if none was saved or what is there is not sound."""
-    limit = len(WORKING_SET_MAGIC) + BOX_OVERHEAD + 4 * image.chunk_count
+def load_working_set(image: SealedImage) -> list[tuple[int, int]]:
+    """Runs (first page, count), ascending; empty if none was saved or what is there is not sound."""
+    # Runs are apart, so there are at most half as many as pages.
+    limit = len(WORKING_SET_MAGIC) + BOX_OVERHEAD + _RUN * image.chunk_count * PAGES_PER_CHUNK // 2
     try:
         raw = plainfile.read_all(image.directory_fd, WORKING_SET_NAME, limit, "the working set")
         if not raw.startswith(WORKING_SET_MAGIC):
-            return array("I")
+            return []
         data = image.working_set_box.open(memoryview(raw)[len(WORKING_SET_MAGIC) :], "the working set")
     except (IntegrityError, OSError):
-        return array("I")
-    if len(data) % 4:
-        return array("I")
-    chunks = array("I", data)
+        return []
+    if len(data) % _RUN:
+        return []
+    flat = array("I", data)
     if sys.byteorder == "big":
-        chunks.byteswap()
-    return chunks if not chunks or max(chunks) < image.chunk_count else array("I")
+        flat.byteswap()
+    if not flat:
+        return []
+    if not _ascending(flat) or flat[-2] + flat[-1] > image.chunk_count * PAGES_PER_CHUNK:
+        return []
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _ascending(flat: array[int]) -> bool:
+    end = -1
+    for first, count in zip(flat[::2], flat[1::2], strict=True):
+        if first <= end or not count:
+            return False
+        end = first + count
+    return True
 
 
 def _shown(handle: int) -> Path:

@@ -108,7 +108,7 @@ class SealWriter:
         self._dirty_bytes = 0
         self._zero_bytes = 0
         self._state: bytes | None = None
-        self._working_set: Iterable[int] | None = None
+        self._working_set: Iterable[tuple[int, int]] | None = None
         self._written = 0
         self._fd = -1
         self._over = False
@@ -167,9 +167,9 @@ class SealWriter:
         codec, body = compress(data)
         self._state = bytes([codec]) + len(data).to_bytes(4, "little") + body
 
-    def write_working_set(self, chunks: Iterable[int]) -> None:
-        """The chunks the last wake touched, first first; without this call the parent's are carried over."""
-        self._working_set = chunks
+    def write_working_set(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Runs (first page, count) that the last wake touched; without this call the parent's are carried over."""
+        self._working_set = runs
 
     def finish(self) -> SealedInfo:
         """Compact if due, write index and key, make all of it durable. Ends the writer."""
@@ -209,17 +209,17 @@ class SealWriter:
 
         header = render_manifest_header(self._identity, self._chunk_count)
         digest = hashlib.sha256(header).digest()
-        chunks = self._working_set
-        if chunks is None and self._parent is not None:
-            chunks = load_working_set(self._parent)
+        used = self._working_set
+        if used is None and self._parent is not None:
+            used = load_working_set(self._parent)
         with SecretBytes.from_random(KEY_BYTES) as key:
             plain = render_index(Index(segments, columns))
             manifest = header + BoxCipher(key, b"index", digest).seal(plain)
             plain[:] = bytes(len(plain))
             self._put(STATE_NAME, STATE_MAGIC + BoxCipher(key, b"state", digest).seal(state))
-            if chunks is not None:
+            if used is not None:
                 box = BoxCipher(key, b"working set", digest)
-                self._put(WORKING_SET_NAME, seal_working_set(box, chunks, self._chunk_count))
+                self._put(WORKING_SET_NAME, seal_working_set(box, used, self._chunk_count))
             context = wrap_context(self._identity.instance, self._identity.snapshot)
             self._put(KEY_NAME, render_key_file(self._wrap(key, context)))
         self._put(MANIFEST_NAME, manifest)

@@ -83,15 +83,16 @@ class GuestMemory(msgspec.Struct, frozen=True):
     """Where a restored VM's memory comes from: a file the VMM maps privately and never changes.
 
     `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
-    (None for a file that simply has it), and needs the descriptors `keep`. `close`: drops our
-    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far.
+    (None for a file that simply has it), given the VMM's pid; it needs the descriptors `keep`. `close`: drops our hold;
+    the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called when the guest has answered.
     """
 
     fd: int
     keep: tuple[int, ...]
-    serve: Callable[[], None] | None
+    serve: Callable[[int], None] | None
     close: Callable[[], None]
     decrypted: Callable[[], int]
+    answered: Callable[[], None]
 
 
 class MemorySource(Protocol):

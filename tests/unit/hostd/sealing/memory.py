@@ -76,7 +76,7 @@ def sleep(
     who: SnapshotIdentity | None = None,
     key: LocalTenantKey = KEY,
     state: bytes = STATE,
-    working_set: Iterable[int] | None = None,
+    working_set: Iterable[tuple[int, int]] | None = None,
 ) -> Sleep:
     who = who or identity()
     with SealWriter(directory, who, key.wrap, parent=parent) as writer:

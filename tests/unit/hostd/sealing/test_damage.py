@@ -43,7 +43,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Sleep:
     first = sleep(folder / "a", everything(data))
     data[PAGE : 2 * PAGE] = os.urandom(PAGE)
     with first.open() as parent:
-        return sleep(folder / "b", Memory(data, {1}), parent=parent, working_set=[2, 0])
+        return sleep(folder / "b", Memory(data, {1}), parent=parent, working_set=[(0, 3), (70, 1)])
 
 
 def use(target: Sleep) -> None:
@@ -183,8 +183,8 @@ def test_files_of_another_snapshot_instance_or_tenant(tmp_path: Path, sealed: Sl
     for other in (INSTANCE, InstanceId.parse("acme/default-1"), InstanceId.parse("evil/default-0")):
         who = identity(other)
         key = tenant_key(tenant=other.tenant)
-        theirs = sleep(tmp_path / who.snapshot, everything(data), who=who, key=key, working_set=[1])
-        mine = sleep(tmp_path / f"mine-{who.snapshot}", everything(data), working_set=[1])
+        theirs = sleep(tmp_path / who.snapshot, everything(data), who=who, key=key, working_set=[(1, 1)])
+        mine = sleep(tmp_path / f"mine-{who.snapshot}", everything(data), working_set=[(1, 1)])
         segments = [f"segment-{s.identity.snapshot}" for s in (theirs, mine)]
         for theirs_name, mine_name in [
             ("key", "key"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.unit.hostd.sealing.memory import (
     KEY,
     MARKER,
@@ -33,6 +37,7 @@ from mvm.hostd.sealing import (
     peek,
     recover,
     rewrap,
+    runs_of,
     save_working_set,
 )
 from mvm.hostd.sealing import directory as module
@@ -51,7 +56,7 @@ def snapshot_files(directory: Path) -> dict[str, bytes]:
 def test_no_plain_text_in_any_file(tmp_path: Path) -> None:
     data = some_memory(8)
     assert data.count(MARKER) > 100
-    first = sleep(tmp_path / "a", everything(data), working_set=[1])
+    first = sleep(tmp_path / "a", everything(data), working_set=[(1, 1)])
     data[: 3 * PAGE] = (MARKER * PAGE)[: 3 * PAGE]
     with first.open() as parent:
         second = sleep(tmp_path / "b", Memory(data, {0, 1, 2}), parent=parent)
@@ -120,7 +125,7 @@ def test_everything_is_synced_before_finish_returns(tmp_path: Path, monkeypatch:
         real(fd)
 
     monkeypatch.setattr(os, "fsync", recording)
-    made = sleep(tmp_path / "a", everything(some_memory(2)), working_set=[1])
+    made = sleep(tmp_path / "a", everything(some_memory(2)), working_set=[(1, 1)])
     order = list(synced)
     assert order[-1] == str(made.directory)
     assert {name: synced[str(made.directory / name)] for name in os.listdir(made.directory)} == {
@@ -304,7 +309,7 @@ def test_an_open_image_outlives_its_directory(tmp_path: Path) -> None:
     with made.open() as image:
         made.directory.rename(tmp_path / "b")
         assert contents(image) == data
-        save_working_set(image, [1])
+        save_working_set(image, [(1, 1)])
         assert (tmp_path / "b" / "working-set").exists()
 
 
@@ -313,7 +318,7 @@ def test_an_open_image_outlives_its_directory(tmp_path: Path) -> None:
 
 @pytest.mark.req("K4")
 def test_rotation_changes_the_key_file_only(tmp_path: Path) -> None:
-    made = sleep(tmp_path / "a", everything(some_memory(2)), working_set=[0])
+    made = sleep(tmp_path / "a", everything(some_memory(2)), working_set=[(0, 1)])
     before = {p.name: (p.stat().st_ino, p.read_bytes()) for p in made.directory.iterdir()}
     newer = tenant_key(version=2)
     with made.open() as image:
@@ -326,7 +331,7 @@ def test_rotation_changes_the_key_file_only(tmp_path: Path) -> None:
         made.open(KEY)
     with made.open(newer) as image:
         image.verify_all()
-        assert list(load_working_set(image)) == [0]
+        assert load_working_set(image) == [(0, 1)]
 
 
 @pytest.mark.req("K4", "S6")
@@ -410,23 +415,23 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.req("S1")
-def test_a_working_set_is_kept_in_order_and_carried_over(tmp_path: Path) -> None:
+def test_a_working_set_is_kept_and_carried_over(tmp_path: Path) -> None:
     data = some_memory(4)
     first = sleep(tmp_path / "a", everything(data))
+    used = [(0, 1), (3, 40), (127, 1)]
     with first.open() as image:
-        assert list(load_working_set(image)) == []
-        save_working_set(image, [3, 1, 3, 0])
-        assert list(load_working_set(image)) == [3, 1, 0]
-        with pytest.raises(InvalidInput):
-            save_working_set(image, [4])
-        with pytest.raises(InvalidInput):
-            save_working_set(image, [-1])
+        assert load_working_set(image) == []
+        save_working_set(image, used)
+        assert load_working_set(image) == used
+        for wrong in ([(128, 1)], [(127, 2)], [(-1, 1)], [(0, 0)], [(3, 2), (5, 1)], [(3, 1), (1, 1)]):
+            with pytest.raises(InvalidInput):
+                save_working_set(image, wrong)
         second = sleep(tmp_path / "b", Memory(data, {0}), parent=image)
-        third = sleep(tmp_path / "c", Memory(data, {0}), parent=image, working_set=[2])
+        third = sleep(tmp_path / "c", Memory(data, {0}), parent=image, working_set=[(2, 5)])
     with second.open() as image:
-        assert list(load_working_set(image)) == [3, 1, 0]
+        assert load_working_set(image) == used
     with third.open() as image:
-        assert list(load_working_set(image)) == [2]
+        assert load_working_set(image) == [(2, 5)]
     assert not [name for name in os.listdir(first.directory) if name.startswith(".tmp-")]
 
 
@@ -435,9 +440,24 @@ def test_an_authentic_but_impossible_working_set_is_nothing(tmp_path: Path) -> N
 
     with sleep(tmp_path / "a", everything(some_memory(4))).open() as image:
         path = tmp_path / "a" / "working-set"
-        path.write_bytes(seal_working_set(image.working_set_box, [0, 3], 4))
-        assert list(load_working_set(image)) == [0, 3]
-        path.write_bytes(seal_working_set(image.working_set_box, [0, 4], 5))
-        assert list(load_working_set(image)) == []
-        path.write_bytes(b"MVMSEALW" + image.working_set_box.seal(b"123"))
-        assert list(load_working_set(image)) == []
+        path.write_bytes(seal_working_set(image.working_set_box, [(0, 3)], 4))
+        assert load_working_set(image) == [(0, 3)]
+        path.write_bytes(seal_working_set(image.working_set_box, [(0, 3), (128, 1)], 5))
+        assert load_working_set(image) == []
+        for odd in (
+            b"123",
+            b"",
+            bytes(8),
+            struct.pack("=4I", 5, 1, 5, 1),
+            struct.pack("=2I", 2**32 - 1, 2**32 - 1),
+        ):
+            path.write_bytes(b"MVMSEALW" + image.working_set_box.seal(odd))
+            assert load_working_set(image) == []
+
+
+@given(st.binary(max_size=200).map(lambda marks: bytes(mark & 1 for mark in marks)))
+def test_runs_cover_exactly_the_marked(marks: bytes) -> None:
+    runs = runs_of(bytearray(marks))
+    covered = [page for first, count in runs for page in range(first, first + count)]
+    assert covered == [page for page, mark in enumerate(marks) if mark]
+    assert all(b[0] > a[0] + a[1] for a, b in itertools.pairwise(runs))
