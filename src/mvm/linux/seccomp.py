@@ -48,25 +48,23 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         "ioctl": 16, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "dup": 32,
         "dup2": 33, "sendfile": 40, "fcntl": 72, "flock": 73, "fsync": 74, "fdatasync": 75, "truncate":
         76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82,
-        "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89,
-        "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "umask": 95, "utime": 132,
-        "mknod": 133, "statfs": 137, "fstatfs": 138, "sync": 162, "readahead": 187, "setxattr": 188,
-        "lsetxattr": 189, "fsetxattr": 190, "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193,
-        "listxattr": 194, "llistxattr": 195, "flistxattr": 196, "removexattr": 197, "lremovexattr": 198,
-        "fremovexattr": 199, "getdents64": 217, "fadvise64": 221, "utimes": 235, "inotify_add_watch":
-        254, "inotify_rm_watch": 255, "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260,
-        "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266,
-        "readlinkat": 267, "fchmodat": 268, "faccessat": 269, "splice": 275, "tee": 276,
-        "sync_file_range": 277, "vmsplice": 278, "utimensat": 280, "fallocate": 285, "dup3": 292,
-        "inotify_init1": 294, "preadv": 295, "pwritev": 296, "syncfs": 306, "renameat2": 316,
-        "copy_file_range": 326, "preadv2": 327, "pwritev2": 328, "statx": 332, "close_range": 436,
-        "openat2": 437, "faccessat2": 439, "fchmodat2": 452,
+        "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "chmod": 90,
+        "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "umask": 95, "statfs": 137, "fstatfs":
+        138, "sync": 162, "readahead": 187, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190,
+        "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193, "listxattr": 194, "llistxattr": 195,
+        "flistxattr": 196, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "getdents64":
+        217, "fadvise64": 221, "utimes": 235, "inotify_add_watch": 254, "inotify_rm_watch": 255,
+        "openat": 257, "mkdirat": 258, "fchownat": 260, "newfstatat": 262, "unlinkat": 263, "renameat":
+        264, "linkat": 265, "symlinkat": 266, "readlinkat": 267, "fchmodat": 268, "faccessat": 269,
+        "sync_file_range": 277, "utimensat": 280, "fallocate": 285, "dup3": 292, "inotify_init1": 294,
+        "preadv": 295, "pwritev": 296, "syncfs": 306, "renameat2": 316, "copy_file_range": 326,
+        "preadv2": 327, "pwritev2": 328, "statx": 332, "close_range": 436, "openat2": 437, "faccessat2":
+        439, "fchmodat2": 452,
     },
     "memory": {
         "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "mremap": 25, "msync": 26, "mincore": 27,
         "madvise": 28, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152, "mbind": 237,
         "set_mempolicy": 238, "get_mempolicy": 239, "memfd_create": 319, "mlock2": 325,
-        "process_madvise": 440,
     },
     "processes and their ids": {
         "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "sched_yield": 24, "getpid": 39,
@@ -76,15 +74,14 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         "getpgrp": 111, "setsid": 112, "setreuid": 113, "setregid": 114, "getgroups": 115, "setgroups":
         116, "setresuid": 117, "getresuid": 118, "setresgid": 119, "getresgid": 120, "getpgid": 121,
         "getsid": 124, "capget": 125, "capset": 126, "rt_sigpending": 127, "rt_sigtimedwait": 128,
-        "rt_sigqueueinfo": 129, "rt_sigsuspend": 130, "sigaltstack": 131, "getpriority": 140,
-        "setpriority": 141, "sched_setparam": 142, "sched_getparam": 143, "sched_setscheduler": 144,
-        "sched_getscheduler": 145, "sched_get_priority_max": 146, "sched_get_priority_min": 147,
-        "prctl": 157, "arch_prctl": 158, "setrlimit": 160, "gettid": 186, "tkill": 200,
-        "sched_setaffinity": 203, "sched_getaffinity": 204, "set_tid_address": 218, "exit_group": 231,
-        "tgkill": 234, "waitid": 247, "ioprio_set": 251, "ioprio_get": 252, "set_robust_list": 273,
-        "get_robust_list": 274, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "getcpu": 309,
-        "sched_setattr": 314, "sched_getattr": 315, "seccomp": 317, "execveat": 322, "rseq": 334,
-        "pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438,
+        "rt_sigsuspend": 130, "sigaltstack": 131, "getpriority": 140, "setpriority": 141,
+        "sched_setparam": 142, "sched_getparam": 143, "sched_setscheduler": 144, "sched_getscheduler":
+        145, "sched_get_priority_max": 146, "sched_get_priority_min": 147, "prctl": 157, "arch_prctl":
+        158, "setrlimit": 160, "gettid": 186, "tkill": 200, "sched_setaffinity": 203,
+        "sched_getaffinity": 204, "set_tid_address": 218, "exit_group": 231, "tgkill": 234, "waitid":
+        247, "ioprio_set": 251, "ioprio_get": 252, "set_robust_list": 273, "get_robust_list": 274,
+        "prlimit64": 302, "getcpu": 309, "sched_setattr": 314, "sched_getattr": 315, "seccomp": 317,
+        "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434,
     },
     "waiting and time": {
         "poll": 7, "select": 23, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37,
@@ -102,10 +99,8 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "accept4": 288, "pipe2": 293,
         "recvmmsg": 299, "sendmmsg": 307,
     },
-    "what cryptsetup needs beside": {
-        "semget": 64, "semop": 65, "semctl": 66, "io_setup": 206, "io_destroy": 207, "io_getevents":
-        208, "io_submit": 209, "io_cancel": 210, "semtimedop": 220, "add_key": 248, "keyctl": 250,
-        "io_pgetevents": 333,
+    "semaphores of libdevmapper": {
+        "semget": 64, "semop": 65, "semctl": 66, "semtimedop": 220,
     },
     "mounts": {
         "mount": 165, "umount2": 166,

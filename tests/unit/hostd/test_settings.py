@@ -13,10 +13,23 @@ def test_nothing_said() -> None:
 
 
 @pytest.mark.req("H2")
-@pytest.mark.parametrize("text", [
-    "groups = 'mvm'", "group = ''", "group = 'a b'", "group = '../x'", "operations = 0", "operations = 65",
-    "operations = '8'", "[limits]\nvcpus = 0", "[limits]\nmemory = 1", "[limits]\nrunning = -1", "[limits]\nrunning_mem_mib = 1.5", "x = ",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "groups = 'mvm'",
+        "group = ''",
+        "group = 'a b'",
+        "group = '../x'",
+        "operations = 0",
+        "operations = 65",
+        "operations = '8'",
+        "[limits]\nvcpus = 0",
+        "[limits]\nmemory = 1",
+        "[limits]\nrunning = -1",
+        "[limits]\nrunning_mem_mib = 1.5",
+        "x = ",
+    ],
+)
 def test_what_is_no_setting(text: str) -> None:
     with pytest.raises(InvalidInput):
         settings.parse(text)

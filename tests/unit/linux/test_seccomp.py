@@ -60,7 +60,7 @@ def test_arguments() -> None:
 
 DANGEROUS = [
     "ptrace", "bpf", "kexec_load", "init_module", "unshare", "setns", "io_uring_setup", "userfaultfd",
-    "perf_event_open", "pivot_root", "chroot", "reboot", "swapon",
+    "perf_event_open", "pivot_root", "chroot", "reboot", "swapon", "pidfd_getfd", "keyctl", "mknod",
 ]  # fmt: skip
 
 
