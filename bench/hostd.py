@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What mvm-hostd costs: memory when idle, memory for each sleeping instance, the round trip of a no-op.
+"""What mvm-hostd costs: memory when idle and for each sleeping instance, round trips of a no-op and of an operation.
 
     python bench/hostd.py [--runs N] [--instances N] [--output json]
 
@@ -110,11 +110,18 @@ def main() -> int:
             recovered = time.perf_counter() - began
             client.ping()
             full = resident_kib(pid)
+            someone = InstanceId.parse("t00000/default-0")
+            operations = []
+            for _ in range(max(1, options.runs // 10)):
+                began = time.perf_counter()
+                client.inspect_instance(someone)
+                operations.append((time.perf_counter() - began) * 1000)
     trips.sort()
     figures = {
         "idle_mib": round(idle / 1024, 1),
         "round_trip_ms": round(statistics.median(trips), 3),
         "round_trip_p99_ms": round(trips[len(trips) * 99 // 100], 3),
+        "operation_ms": round(statistics.median(operations), 2),
         "instances": options.instances,
         "per_instance_kib": round((full - idle) / options.instances, 2),
         "start_with_instances_s": round(recovered, 2),

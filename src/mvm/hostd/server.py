@@ -20,17 +20,16 @@ import select
 import signal
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from mvm.core.errors import Busy, Conflict, InvalidInput, MvmError, NotFound, Refused, ResourceExhausted
+from mvm.core.errors import Busy, Conflict, InvalidInput, MvmError, ResourceExhausted
 from mvm.core.ids import InstanceId
-from mvm.core.plan import InstancePlan
 from mvm.hostd.admission import all_instances, check_peer
 from mvm.hostd.connection import Connection, Gone
-from mvm.hostd.job import Ended, Job
+from mvm.hostd.errand import errand, internal
+from mvm.hostd.job import Job
 from mvm.hostd.log import Log
 from mvm.hostd.service import Service
 from mvm.linux.sd_notify import Notifier
@@ -49,7 +48,7 @@ from mvm.wire.hostd_api import (
     Verb,
     Where,
 )
-from mvm.wire.hostd_frames import decode_request, encode_answer, encode_error, encode_progress
+from mvm.wire.hostd_frames import decode_request, encode_answer, encode_error
 
 DRAIN_S = 60.0
 CONNECTIONS = 512
@@ -286,7 +285,7 @@ class Server:
             return
         except OSError as error:
             self._log.error("failed", verb=verb.name, error=str(error))
-            self._reply(connection, encode_error(_internal(error)))
+            self._reply(connection, encode_error(internal(error)))
             return
         if answer is not None:
             self._reply(connection, encode_answer(answer))
@@ -401,7 +400,10 @@ class Server:
         starting = ("create_instance", "wake_instance")
         admitted = [other.plan for other in self._jobs.values() if other.plan and other.verb in starting]
         try:
-            job.start(lambda tell: self._in_child(job, verb, request, admitted, tell), self._leave_loop)
+            job.start(
+                lambda tell: errand(self._service, self._log, job, verb, request, admitted, tell),
+                self._leave_loop,
+            )
         except OSError as error:
             raise ResourceExhausted("no process could be started", details=str(error)) from error
         assert job.sock is not None
@@ -463,8 +465,6 @@ class Server:
         if job.verb != "recover" and not self._stopping:
             self._to_recover.append(job.instance)
 
-    # In the child.
-
     def _leave_loop(self) -> None:
         """Forget all that is the loop's, so that nothing here closes a descriptor that has another meaning by then.
 
@@ -480,59 +480,9 @@ class Server:
                 sock.detach()
         self._notifier.forget()
 
-    def _in_child(
-        self, job: Job, verb: Verb, request: Any, admitted: list[InstancePlan], tell: Callable[[bytes], None]
-    ) -> None:
-        def progress(phase: str) -> None:
-            tell(encode_progress(phase))
-
-        log, began = self._log, time.monotonic()
-        error: MvmError | None = None
-        body = b""
-        try:
-            body = encode_answer(self._service.perform(verb, request, job.peer, progress, admitted))
-        except MvmError as raised:
-            error = raised
-        except Ended:
-            error = Busy(
-                f"{job.verb} on {job.instance} was ended",
-                details="It took too long, or mvm-hostd is stopping. What it had begun was undone or finished.",
-                resolution="Look at the instance, then try again.",
-            )
-        except BaseException as defect:
-            trace = "".join(traceback.format_exception(defect, limit=-6))
-            log.error("defect", verb=job.verb, instance=job.instance, trace=trace[-480:])
-            error = _internal(defect)
-        if error is not None:
-            body = encode_error(error)
-        tell(body)
-        took = round((time.monotonic() - began) * 1000)
-        if error is None:
-            if job.verb != "recover":
-                log.info("done", verb=job.verb, instance=job.instance, uid=job.peer.uid, ms=took)
-        elif not (job.verb == "recover" and isinstance(error, NotFound)):
-            # Not its details: they may quote a guest's console, which is the tenant's.
-            level = (
-                log.warning
-                if isinstance(error, Refused | Conflict | InvalidInput | NotFound | Busy)
-                else log.error
-            )
-            level(
-                "not done", verb=job.verb, instance=job.instance, uid=job.peer.uid, kind=error.kind,
-                error=error.brief, ms=took,
-            )  # fmt: skip
-
 
 def _instance(request: Any) -> InstanceId | None:
     if isinstance(request, PlanRequest):
         return request.plan.instance
     found = getattr(request, "instance", None)
     return found if isinstance(found, InstanceId) else None
-
-
-def _internal(error: BaseException) -> MvmError:
-    return MvmError(
-        "mvm-hostd failed",
-        details=f"{type(error).__name__}: {error}"[:500],
-        resolution="This is a defect or a broken disk: see journalctl -u mvm-hostd",
-    )
