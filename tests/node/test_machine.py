@@ -97,6 +97,14 @@ def test_the_node_says_what_it_is(rig: Rig) -> None:
     assert info["host"]["environment"] == "mvm-node"
 
 
+@pytest.mark.req("O1", "O4")
+def test_the_node_is_fit_for_tenants(rig: Rig) -> None:
+    lines = rig.mvm("shell", "--", "mvm", "doctor", "--output", "json", code=None).stdout.splitlines()
+    checks = [json.loads(line) for line in lines]
+    assert {c["result"] for c in checks} >= {"ok"}
+    assert [c for c in checks if c["result"] == "fail"] == []
+
+
 @pytest.mark.req("O4", "L5")
 def test_status_tells_what_runs(rig: Rig) -> None:
     node = json.loads(rig.mvm("status", "--output", "json").stdout)["node"]

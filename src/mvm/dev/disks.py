@@ -14,7 +14,7 @@ from mvm.core.errors import ResourceExhausted
 from mvm.linux.files import fsync_dir, raise_if_full, remove_tree, temporary_beside
 from mvm.linux.process import run
 
-STATE_FOLDERS: Final = ("mvm", "nix", "src")
+STATE_FOLDERS: Final = {"mvm": 0o700, "nix": 0o755, "src": 0o755}
 _FORMAT_S: Final = 300.0
 _COPY: Final = 16 << 20
 SPARE_BYTES: Final = 1 << 30
@@ -80,9 +80,9 @@ def make_state(target: Path, gib: int) -> None:
     temporary = temporary_beside(target)
     remove_tree(content)
     try:
-        for name in STATE_FOLDERS:
+        for name, mode in STATE_FOLDERS.items():
             (content / name).mkdir(parents=True)
-            (content / name).chmod(0o755)
+            (content / name).chmod(mode)
         content.chmod(0o755)
         argv = [
             "mke2fs", "-q", "-t", "ext4", "-L", "mvm-state", "-m", "0", "-d", str(content),

@@ -104,7 +104,8 @@ def checkout() -> Path | None:
 def requirements() -> str:
     """What the node's environment gets beside mvm, as pip reads it.
 
-    A checkout has the lock with its hashes. An installed mvm pins what it is itself running with.
+    A checkout has the lock with its hashes. An installed mvm pins what it is itself running with, and what is installed
+    beside it that its dependencies need on other Pythons only.
     """
     folder = checkout()
     if folder is not None and (folder / "requirements.lock").is_file():

@@ -60,6 +60,14 @@ def test_building_twice_gives_the_same_bytes(built: Path) -> None:
     assert wheel.build(embedded_flake_dir())[1] == built.read_bytes()
 
 
+def test_an_installed_mvm_pins_what_it_runs_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the lock names, since this environment was made from it; markers are left to pip."""
+    locked = {line.split(" ")[0] for line in wheel.requirements().splitlines() if line[:1].isalnum()}
+    assert "--hash=" in wheel.requirements()
+    monkeypatch.setattr(wheel, "checkout", lambda: None)
+    assert set(wheel.requirements().split()) >= locked
+
+
 @pytest.mark.req("O4")
 def test_the_state_disk_is_a_file_system_with_its_places(tmp_path: Path) -> None:
     disk = tmp_path / "state.ext4"
