@@ -1,7 +1,7 @@
 """What an operation's own process does: perform the verb, say what comes of it, log it.
 
-Three families of failure, never mixed: an `MvmError` goes to the client as it is; being ended by the daemon is Busy; all
-else is a defect, whose trace is for the log and whose name is for the client.
+Three families of failure, never mixed: an `MvmError` goes to the client as it is; being ended by the daemon is Busy;
+all else is a defect, whose trace is for the log and whose name is for the client.
 """
 
 from __future__ import annotations

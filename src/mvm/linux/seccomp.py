@@ -13,8 +13,8 @@ What the filter does, in order:
 
 Filters are inherited and never lifted, so the list is what this process *and every program it starts* need; a VMM's
 own filter comes on top. Nothing is passed to the kernel by us but numbers, so there is no dependency.
-The numbers are the x86-64 ABI's; on other machines `program` says NotImplementedError and the service manager's filter
-is the only one.
+The numbers are the x86-64 ABI's; on other machines `program` raises MissingPrerequisite, and the service manager's
+filter is the only one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import os
 import platform
 import struct
 from typing import Final, NamedTuple
+
+from mvm.core.errors import MissingPrerequisite
 
 FAMILIES: Final = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16, "AF_VSOCK": 40}
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
@@ -126,9 +128,9 @@ def allowed() -> dict[str, int]:
 
 
 def program() -> list[Instruction]:
-    """The filter for this machine. NotImplementedError where the table does not know its numbers."""
+    """The filter for this machine. MissingPrerequisite where the table does not know its numbers."""
     if platform.machine() != "x86_64":
-        raise NotImplementedError(f"no table of system calls for {platform.machine()}")
+        raise MissingPrerequisite(f"there is no table of system calls for {platform.machine()}")
     table = allowed()
     refuse = _ERRNO | errno.EPERM
     made = [
