@@ -50,20 +50,55 @@ def say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def mvm(*arguments: str, output: str = "json", ok: tuple[int, ...] = (0,)) -> tuple[Any, float]:
-    """Run one command; (its answer, seconds it took). Its progress goes to our terminal."""
+class Failed(Surprise):
+    """A command of mvm failed; `code` is its exit code, `error` what it said (empty if nothing)."""
+
+    def __init__(self, arguments: tuple[str, ...], code: int, error: dict[str, Any]) -> None:
+        said = ": ".join(filter(None, (error.get("brief"), error.get("details"))))
+        super().__init__(f"mvm {' '.join(arguments)} exited with {code}\n{said}")
+        self.code = code
+        self.error = error
+
+
+def mvm(*arguments: str, output: str = "json") -> tuple[Any, float]:
+    """Run one command; (its answer, seconds it took). What it tells meanwhile is shown as it comes."""
     print(f"  $ mvm {' '.join(arguments)}", flush=True)
+    error: dict[str, Any] = {}
     began = time.perf_counter()
-    done = subprocess.run(
-        [MVM, *options(arguments, output)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=False
-    )
+    with subprocess.Popen(
+        [MVM, *options(arguments, output)],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        for line in running.stderr:
+            error = told(line) or error
+        answer = running.stdout.read()
     seconds = time.perf_counter() - began
-    if done.returncode not in ok:
-        raise Surprise(f"mvm {' '.join(arguments)} exited with {done.returncode}")
-    if output == "json" and done.returncode == 0:
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
-        return (lines[0] if lines else {}), seconds
-    return done.stdout if done.returncode == 0 else done.returncode, seconds
+    if running.returncode:
+        raise Failed(arguments, running.returncode, error)
+    if output != "json":
+        return answer, seconds
+    lines = [json.loads(line) for line in answer.splitlines() if line.strip()]
+    return (lines[0] if lines else {}), seconds
+
+
+def told(line: str) -> dict[str, Any]:
+    """Show a line of a command's standard error; returns the error in it, if it is one."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        print(f"    {line.rstrip()}", flush=True)
+        return {}
+    if "error" in message:
+        return dict(message["error"])
+    for kind in ("warning", "progress"):
+        if kind in message:
+            print(f"    {'warning: ' if kind == 'warning' else ''}{message[kind]}", flush=True)
+    return {}
 
 
 def options(arguments: tuple[str, ...], output: str) -> list[str]:
@@ -91,9 +126,11 @@ def ask(ip: str) -> tuple[str, int, int]:
 def build(root: Path) -> float:
     """Create and build; with a lock that the mirror has moved past, renew it in a copy first."""
     mvm("tenant", "create", TENANT, "--flake", FLAKE, "--profile", "minimal", "--cpus", "1", "--mem", "256")
-    answer, seconds = mvm("tenant", "build", TENANT, ok=(0, STALE_LOCK))
-    if answer != STALE_LOCK:
-        return seconds
+    try:
+        return mvm("tenant", "build", TENANT)[1]
+    except Failed as failure:
+        if "mvm flake update" not in failure.error.get("resolution", ""):
+            raise
     say("The locked Debian packages are no longer offered here: renewing the lock in a copy of the flake")
     copy = root / "demo-flake"
     mvm("flake", "update", FLAKE, "--copy-to", str(copy))
@@ -167,7 +204,10 @@ def clean_up() -> None:
 
 
 def exists() -> bool:
-    return bool(mvm("tenant", "show", TENANT, ok=(0, 10))[0] != 10)
+    listed = subprocess.run(
+        [MVM, "tenant", "list", "--output", "json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return any(json.loads(line).get("tenant") == TENANT for line in listed.stdout.splitlines())
 
 
 def main() -> int:
@@ -185,7 +225,7 @@ def main() -> int:
         if not keep:
             say("7. Destroy it")
             clean_up()
-    except (Surprise, OSError) as surprise:
+    except (Surprise, OSError, subprocess.SubprocessError) as surprise:
         print(f"\nThe demo failed: {surprise}", file=sys.stderr)
         return 1
     width = max(len(name) for name, _ in rows)
