@@ -66,7 +66,19 @@ def test_imports() -> None:
 )
 def test_the_import_rules_bite(tmp_path: Path, importer: str, statement: str) -> None:
     """Against a package with every zone and one forbidden import in it."""
-    zones = ["core", "wire", "linux", "hostd", "agentd", "coordinator", "builder", "guest", "standalone", "dev", "cli"]
+    zones = [
+        "core",
+        "wire",
+        "linux",
+        "hostd",
+        "agentd",
+        "coordinator",
+        "builder",
+        "guest",
+        "standalone",
+        "dev",
+        "cli",
+    ]
     for zone in zones:
         (tmp_path / "mvm" / zone).mkdir(parents=True)
         (tmp_path / "mvm" / zone / "__init__.py").touch()

@@ -35,7 +35,9 @@ def _data_member(path: str) -> bytes:
                     return lzma.decompress(body)
                 if name.endswith(".tar"):
                     return body
-                raise SystemExit(f"{path}: {name} is compressed in a way this build does not read (xz or none)")
+                raise SystemExit(
+                    f"{path}: {name} is compressed in a way this build does not read (xz or none)"
+                )
             file.seek(size + size % 2, io.SEEK_CUR)
     raise SystemExit(f"{path}: has no data.tar member")
 

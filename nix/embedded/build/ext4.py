@@ -56,7 +56,9 @@ def _geometry(tree: dict[str, Entry]) -> tuple[int, int]:
         children[parent] = children.get(parent, 24) + 12 + len(name.encode())
         if entry.kind == "f" or len(entry.data) > 59:
             blocks += -(-len(entry.data) // BLOCK)
-    blocks += sum(1 + size * 5 // 4 // BLOCK for size in children.values()) + sum(e.kind == "d" for e in tree.values())
+    blocks += sum(1 + size * 5 // 4 // BLOCK for size in children.values()) + sum(
+        e.kind == "d" for e in tree.values()
+    )
     inodes = -(-(len(tree) + 32) // 32) * 32
     blocks += inodes * INODE // BLOCK + 64
     # A group of 32,768 blocks spends up to three on bitmaps and backups, and rounds its inode table up.
@@ -66,7 +68,9 @@ def _geometry(tree: dict[str, Entry]) -> tuple[int, int]:
 def _script(tree: dict[str, Entry], workdir: str) -> str:
     lines = ["rmdir lost+found"]
     here = None
-    for number, (path, entry) in enumerate(sorted(tree.items(), key=lambda item: (item[0].count("/"), item[0]))):
+    for number, (path, entry) in enumerate(
+        sorted(tree.items(), key=lambda item: (item[0].count("/"), item[0]))
+    ):
         parent, _, name = path.rpartition("/")
         target = _quoted("/" + path)
         if parent != here:

@@ -26,9 +26,9 @@ APPLETS = ("modprobe", "mount", "reboot", "sleep", "switch_root")
 
 
 def elf_size(image: bytes) -> int:
-    shoff, = struct.unpack_from("<Q", image, 0x28)
+    (shoff,) = struct.unpack_from("<Q", image, 0x28)
     entry, count = struct.unpack_from("<HH", image, 0x3A)
-    phoff, = struct.unpack_from("<Q", image, 0x20)
+    (phoff,) = struct.unpack_from("<Q", image, 0x20)
     phentry, phcount = struct.unpack_from("<HH", image, 0x36)
     end = shoff + entry * count
     for index in range(phcount):
@@ -43,17 +43,17 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
         raise SystemExit("the package's vmlinuz is not a bzImage")
     sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
-    payload = bzimage[(sectors + 1) * 512 + offset:][:length]
+    payload = bzimage[(sectors + 1) * 512 + offset :][:length]
     if payload[:4] != b"\x02\x21\x4c\x18":
         raise SystemExit(f"kernel payload starts {payload[:4].hex()}, which is not LZ4 legacy")
     lz4 = ctypes.CDLL("liblz4.so.1")
     out = bytearray()
     chunk = ctypes.create_string_buffer(8 << 20)
     position = 4
-    total, = struct.unpack_from("<I", payload, len(payload) - 4)  # appended by the kernel's build
+    (total,) = struct.unpack_from("<I", payload, len(payload) - 4)  # appended by the kernel's build
     while len(out) < total:
-        size, = struct.unpack_from("<I", payload, position)
-        block = payload[position + 4:position + 4 + size]
+        (size,) = struct.unpack_from("<I", payload, position)
+        block = payload[position + 4 : position + 4 + size]
         got = lz4.LZ4_decompress_safe(block, chunk, size, len(chunk))
         if got < 0:
             raise SystemExit(f"kernel payload is damaged at offset {position}")
@@ -61,19 +61,19 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
         position += 4 + size
     if out[:4] != b"\x7fELF":
         raise SystemExit("the kernel payload is not an ELF image")
-    return bytes(out[:elf_size(out)])
+    return bytes(out[: elf_size(out)])
 
 
 def modinfo(image: bytes) -> dict[str, list[str]]:
     """The .modinfo strings of a module: key -> values."""
-    shoff, = struct.unpack_from("<Q", image, 0x28)
+    (shoff,) = struct.unpack_from("<Q", image, 0x28)
     size, count, names = struct.unpack_from("<HHH", image, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", image, shoff + i * size) for i in range(count)]
-    strings = image[sections[names][4]:][:sections[names][5]]
+    strings = image[sections[names][4] :][: sections[names][5]]
     for name, _, _, _, offset, length in sections:
         if strings[name:].startswith(b".modinfo\0"):
             found: dict[str, list[str]] = {}
-            for item in image[offset:offset + length].split(b"\0"):
+            for item in image[offset : offset + length].split(b"\0"):
                 key, _, value = item.decode("utf-8", "replace").partition("=")
                 found.setdefault(key, []).append(value)
             return found
@@ -142,7 +142,9 @@ def main() -> None:
             if path.startswith("boot/vmlinuz-"):
                 bzimage, release = entry.data, path.removeprefix("boot/vmlinuz-")
             elif path.endswith("/modules.builtin"):
-                builtin = {re.sub(r".*/|\.ko$", "", line).replace("-", "_") for line in entry.data.decode().split()}
+                builtin = {
+                    re.sub(r".*/|\.ko$", "", line).replace("-", "_") for line in entry.data.decode().split()
+                }
             elif path.endswith(".ko"):
                 modules[os.path.basename(path)[:-3].replace("-", "_")] = (os.path.basename(path), entry.data)
     if not bzimage:

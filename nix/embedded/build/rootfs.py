@@ -139,7 +139,11 @@ def add_system(tree: Tree, init: str, profile: str, shell: str) -> None:
     tree.pop("etc/os-release", None)
     add_text(tree, "etc/os-release", release)
     add_text(tree, "usr/lib/os-release", release)
-    for name, path in (("rootfs-init", "usr/lib/mvm/init"), ("inittab", "etc/inittab"), ("fstab", "etc/fstab")):
+    for name, path in (
+        ("rootfs-init", "usr/lib/mvm/init"),
+        ("inittab", "etc/inittab"),
+        ("fstab", "etc/fstab"),
+    ):
         with open(f"{init}/{name}", encoding="utf-8") as file:
             add_text(tree, path, file.read(), 0o755 if name == "rootfs-init" else 0o644)
 

@@ -59,7 +59,7 @@ def seal_working_set(box: BoxCipher, runs: Iterable[tuple[int, int]], chunk_coun
 
 
 def save_working_set(image: SealedImage, runs: Iterable[tuple[int, int]]) -> None:
-    """Replace the working set of an open image, in place: half of one is not authentic and reads as none. Not synced."""
+    """Replace the working set of an open image, in place: half of one is not authentic and reads as none."""
     sealed = seal_working_set(image.working_set_box, runs, image.chunk_count)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     handle = image.directory_fd
