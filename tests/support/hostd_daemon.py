@@ -153,9 +153,11 @@ def daemon_world(settings: str = "", capabilities: Sequence[str] | None = None) 
         try:
             yield world
         finally:
-            if world.daemon.process is not None:
-                world.daemon.stop()
-            world.destroy_all()
+            try:
+                if world.daemon.process is not None:
+                    world.daemon.stop()
+            finally:
+                world.destroy_all()
 
 
 def main(argv: Sequence[str]) -> int:
