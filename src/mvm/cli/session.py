@@ -118,7 +118,7 @@ def _run(
     node = app.node()
     sys.stdout.flush()
     with node.session(instance, action, audited(action, instance, argv)) as channel:
-        with _standard_input(options.interactive) as stdin, _raw(options.terminal and options.interactive):
+        with _standard_input(options.interactive) as stdin, raw_terminal(options.terminal and options.interactive):
             return pump(
                 channel, argv, stdin, 1, 2, tty=options.terminal, env=env, cwd=options.cwd, user=options.user
             )
@@ -157,7 +157,7 @@ def _standard_input(interactive: bool) -> Iterator[int]:
 
 
 @contextmanager
-def _raw(wanted: bool) -> Iterator[None]:
+def raw_terminal(wanted: bool) -> Iterator[None]:
     """Our terminal in raw mode: every key, Ctrl-C included, is the guest's. Put back however the block ends."""
     if not wanted or not is_terminal(0):
         yield

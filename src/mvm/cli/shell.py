@@ -42,6 +42,6 @@ def shell(app: App, user: str, cwd: str, env: tuple[str, ...], argv: tuple[str, 
         variables.setdefault("TERM", os.environ.get("TERM", "dumb"))
     node = dev.node(app)
     sys.stdout.flush()
-    with session._raw(terminal and node.name != "lima"):
+    with session.raw_terminal(terminal and node.name != "lima"):
         code = node.run(words, stdin=0, stdout=1, stderr=2, tty=terminal, env=variables, cwd=cwd, user=user)
     click.get_current_context().exit(code)
