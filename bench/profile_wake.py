@@ -91,9 +91,9 @@ class WatchedPager(pager.Pager):
         self._log.add(began, size, READ, ahead=False)
         return found
 
-    def _ahead(self) -> None:
+    def _store(self, numbers: list[int], wanted: dict[int, list[tuple[int, int]]]) -> None:
         self._who.ahead = True
-        super()._ahead()
+        super()._store(numbers, wanted)
 
     def _decrypt(self, number: int) -> bytes | bytearray:
         began = time.perf_counter()
