@@ -198,8 +198,8 @@ class World:
         running = self.processes()
         until = time.monotonic() + 10
         while running and time.monotonic() < until:
-            # A program that a killed command had started ends by itself, on a file that has no name any more. (Before it
-            # is executed it still has the interpreter's name.) A VMM or a keeper would not.
+            # A program that a killed command had started ends by itself, on a file that has no name any more. (Until it
+            # is executed it has the interpreter's name.) A VMM or a keeper would not.
             time.sleep(0.01)
             running = self.processes()
         assert running == {}, running
