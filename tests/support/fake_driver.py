@@ -133,8 +133,9 @@ class FakeDriver:
             os.write(opened[-1], archive())
             fds[PROGRAM_FD] = opened[-1]
             argv = [interpreter(), "-I", "-S", "-B", f"/proc/self/fd/{PROGRAM_FD}", json.dumps(wish)]
+            served = fake_vmm.MEMORY_FD if memory is not None and memory.serve is not None else None
             vmm, keeper = launch(
-                Program(argv, fds, machine.uid, machine.gid, ()),
+                Program(argv, fds, machine.uid, machine.gid, (), served=served),
                 runtime=machine.runtime,
                 console=ours,
                 errors=machine.runtime / "logs" / "vmm.log",

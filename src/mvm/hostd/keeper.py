@@ -52,14 +52,24 @@ _NOT_FOR_US = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, sig
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+Serve = Callable[[int, threading.Event], None]
+"""Answers for a file, in a thread of its own: given the VMM's pid, and an event that is set once the kernel knows the
+file's size. Before that nothing may be stored in the file: FUSE_NOTIFY_STORE extends a file it takes for empty, and the
+answer that would correct it is then dropped as older."""
+
+
 class Program(msgspec.Struct, frozen=True):
-    """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors."""
+    """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors.
+
+    `served`: the number under which it gets the file that `serve` answers for, if there is one.
+    """
 
     argv: Sequence[str]
     fds: Mapping[int, int]
     uid: int
     gid: int
     groups: Sequence[int]
+    served: int | None = None
 
 
 def launch(
@@ -68,7 +78,7 @@ def launch(
     runtime: Path,
     console: socket.socket,
     errors: Path,
-    serve: Callable[[int], None] | None = None,
+    serve: Serve | None = None,
     keep: Sequence[int] = (),
 ) -> tuple[ProcessIdentity, ProcessIdentity]:
     """Fork a keeper, which starts `program`. Returns (VMM, keeper).
@@ -201,7 +211,7 @@ def _keeper(
     runtime: Path,
     console: socket.socket,
     errors: Path,
-    serve: Callable[[int], None] | None,
+    serve: Serve | None,
     keep: Sequence[int],
     tell: int,
     alive: int,
@@ -219,16 +229,21 @@ def _keeper(
         stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         os.chdir("/")  # neither of us may pin the directory that the command was started in
         me = os.getpid()
+        settled, settle = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
-            _become(program, null, stderr, alive, me)
+            _become(program, null, stderr, alive, me, settle)
         pidfd = os.pidfd_open(pid)
         for number in (0, 1, 2):
             os.dup2(null, number)
-        _close_all_but({0, 1, 2, tell, alive, pidfd, console.fileno(), *keep})
+        _close_all_but({0, 1, 2, tell, alive, pidfd, settled, console.fileno(), *keep})
         if serve is not None:
+            known = threading.Event()
             for _ in range(2):  # one thread may wait for a chunk while the other answers
-                threading.Thread(target=serve, args=(pid,), daemon=True).start()
+                threading.Thread(target=serve, args=(pid, known), daemon=True).start()
+            os.read(settled, 1)
+            known.set()
+        os.close(settled)
         os.write(tell, f"ok {pid} {os.getpid()}".encode())
         os.close(tell)
         _drain(console, pidfd, runtime / "logs" / "console.log")
@@ -243,17 +258,18 @@ def _keeper(
         os._exit(0)
 
 
-def _become(program: Program, null: int, stderr: int, alive: int, keeper: int) -> None:
+def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, settle: int) -> None:
     """In the child: take the descriptors' places, give up everything, execute."""
     try:
         # Above every wanted number first, so that no move overwrites a source.
         high = {number: _dup_above(fd, 200) for number, fd in {**program.fds, ALIVE_FD: alive}.items()}
+        settle = _dup_above(settle, 200)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(stderr, 2)
         for number, fd in high.items():
             os.dup2(fd, number, inheritable=True)
-        _close_all_but({0, 1, 2, ALIVE_FD, *program.fds})
+        _close_all_but({0, 1, 2, settle, ALIVE_FD, *program.fds})
         os.setgroups(list(program.groups))
         os.setresgid(program.gid, program.gid, program.gid)
         os.setresuid(program.uid, program.uid, program.uid)
@@ -262,6 +278,11 @@ def _become(program: Program, null: int, stderr: int, alive: int, keeper: int) -
         if os.getppid() != keeper:
             return  # it died before the line above could tell the kernel
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if program.served is not None:
+            os.fstat(
+                program.served
+            )  # as the one uid that may: the kernel asks the keeper, and keeps the answer
+            os.write(settle, b"1")
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_DFL)

@@ -53,10 +53,10 @@ class Pager:
         self._first = threading.Lock()
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
 
-    def serve(self, vmm: int) -> None:
+    def serve(self, vmm: int, known: threading.Event) -> None:
         """Answer the kernel until the file system is gone; the first caller sees to the working set as well."""
         if self._first.acquire(blocking=False):
-            threading.Thread(target=self._ahead, args=(vmm,), daemon=True).start()
+            threading.Thread(target=self._ahead, args=(vmm, known), daemon=True).start()
         self._server.serve()
 
     def answered(self) -> None:
@@ -101,10 +101,12 @@ class Pager:
             self._recent[number] = found
         return found
 
-    def _ahead(self, vmm: int) -> None:
+    def _ahead(self, vmm: int, known: threading.Event) -> None:
         began = time.monotonic()
         wanted = by_chunk(load_working_set(self._image))
         numbers = list(wanted)
+        if not known.wait(WINDOW_S):
+            return
         threads = [
             threading.Thread(target=self._store, args=(numbers[n::_THREADS], wanted), daemon=True)
             for n in range(_THREADS)

@@ -78,8 +78,9 @@ def memory(sealed: Sealed, tmp_path: Path) -> Iterator[GuestMemory]:
     with sealed.open() as image:
         made = pager.open_memory(image, UID, UID, tmp_path / "memory")
         assert made.serve is not None
+        known = threading.Event()
         for _ in range(2):
-            threading.Thread(target=made.serve, args=(os.getpid(),), daemon=True).start()
+            threading.Thread(target=made.serve, args=(os.getpid(), known), daemon=True).start()
         try:
             yield made
         finally:
@@ -210,18 +211,24 @@ def test_the_next_wake_decrypts_ahead_what_this_one_touched(
                     os.setgroups([])
                     os.setresgid(UID, UID, UID)
                     os.setresuid(UID, UID, UID)
+                    assert os.fstat(memory.fd).st_size == SIZE
+                    os.write(report, b"s")
                     os.read(begin, 1)
                     os.write(report, b"%d" % touch(sealed, memory, touched, keep=True))
                     os.read(begin, 1)
                 finally:
                     os._exit(0)
             assert memory.serve is not None
+            known = threading.Event()
             for _ in range(2):
-                threading.Thread(target=memory.serve, args=(child,), daemon=True).start()
+                threading.Thread(target=memory.serve, args=(child, known), daemon=True).start()
+            os.close(report)
+            assert os.read(done, 1) == b"s"
+            assert memory.decrypted() == 0, "nothing is stored before the kernel knows the size"
+            known.set()
             if turn:
                 wait_for(lambda memory=memory: memory.decrypted() >= len(touched))  # type: ignore[misc]
             (sealed.folder / "working-set").unlink(missing_ok=True)
-            os.close(report)
             os.write(tell, b"1")
             assert os.read(done, 1) == b"0"
             memory.answered()

@@ -26,6 +26,7 @@ import msgspec
 
 from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import Fingerprint
+from mvm.hostd.keeper import Serve
 
 CHANNELS = 8
 """Guest control channels of a VM: 0 is the host's own, the others carry sessions."""
@@ -83,13 +84,13 @@ class GuestMemory(msgspec.Struct, frozen=True):
     """Where a restored VM's memory comes from: a file the VMM maps privately and never changes.
 
     `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
-    (None for a file that simply has it), given the VMM's pid; it needs the descriptors `keep`. `close`: drops our hold;
+    (None for a file that simply has it), (mvm.hostd.keeper.Serve); it needs the descriptors `keep`. `close`: drops our hold;
     the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called when the guest has answered.
     """
 
     fd: int
     keep: tuple[int, ...]
-    serve: Callable[[int], None] | None
+    serve: Serve | None
     close: Callable[[], None]
     decrypted: Callable[[], int]
     answered: Callable[[], None]

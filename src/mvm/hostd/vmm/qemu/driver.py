@@ -156,7 +156,14 @@ class QemuDriver:
                     opened.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
                     fds[number] = opened[-1]
             vmm, keeper = launch(
-                Program(argv, fds, machine.uid, machine.gid, groups),
+                Program(
+                    argv,
+                    fds,
+                    machine.uid,
+                    machine.gid,
+                    groups,
+                    served=layout.MEMORY_FD if memory is not None and memory.serve is not None else None,
+                ),
                 runtime=machine.runtime,
                 console=console_ours,
                 errors=machine.runtime / "logs" / "vmm.log",
