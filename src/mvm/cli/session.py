@@ -118,7 +118,10 @@ def _run(
     node = app.node()
     sys.stdout.flush()
     with node.session(instance, action, audited(action, instance, argv)) as channel:
-        with _standard_input(options.interactive) as stdin, raw_terminal(options.terminal and options.interactive):
+        with (
+            _standard_input(options.interactive) as stdin,
+            raw_terminal(options.terminal and options.interactive),
+        ):
             return pump(
                 channel, argv, stdin, 1, 2, tty=options.terminal, env=env, cwd=options.cwd, user=options.user
             )

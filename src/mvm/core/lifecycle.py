@@ -15,16 +15,16 @@ with one answer:
   it failed, and whoever tried is alive to say so: `after_failure(step, committed=, alive=)`;
   whoever tried died (crash, SIGKILL, power): `settle(step, committed=, alive=)`.
 
-`alive` means that the VMM runs *and* its guest answers; for a sleep that was broken off, that the VMM runs: the
-guest was running before, and one too busy to answer is not one to end. Where the answer is not `running`, whoever asked
-ends the VMM and releases what it held.
+`alive` means that the VMM runs *and* its guest answers; for a sleep that was broken off and for a wake, that the
+VMM runs: a guest with memory to lose is not ended for being too busy to answer. Where the answer is not
+`running`, whoever asked ends the VMM and releases what it held.
 
 Why waking has its commit point at the resume of the vCPUs and not at its end: from then on the guest may
 have written to its data disk, and memory older than the disk it caches must never be restored again. A wake
 that is lost after that point therefore leaves `failed` (start it cold), never `sleeping`.
 
 `LOSE` and `EXIT` are not requests. Recovery records with them that a VMM thought to be running is gone:
-`EXIT` when the guest powered itself off, `LOSE` for anything else.
+`EXIT` when the VMM ended in good order (the guest powered off or restarted, after a panic too), else `LOSE`.
 
 docs/lifecycle.md is `render_page()`; a test keeps it so.
 """

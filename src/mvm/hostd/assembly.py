@@ -115,9 +115,10 @@ def assemble(
             secrets_fd = owned(secrets_disk.build(secrets))
         finally:
             secrets_store.wipe_all(secrets)
-        network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
-        net_policy.ensure(store, plan)
-        tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
+        with store.network_lock(tenant):
+            network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
+            net_policy.ensure(store, plan)
+            tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
         folder = store.revisions_dir / plan.revision
         yield Machine(
             name=plan.instance.vm_name,

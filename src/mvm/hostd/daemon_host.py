@@ -60,9 +60,9 @@ class DaemonHost(Host):
             if context.record.state is not State.RUNNING:
                 raise _not_running(context.record)
             context.watch.phase("network")
-            network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
-            net_policy.ensure(self._store, plan)
-            with nl.Netlink() as route:
+            with self._store.network_lock(plan.instance.tenant), nl.Netlink() as route:
+                network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
+                net_policy.ensure(self._store, plan)
                 bridge, tap = route.find_link(net.bridge), route.find_link(net.tap)
                 if tap is None or bridge is None:
                     raise VmmError(

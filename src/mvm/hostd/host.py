@@ -137,6 +137,8 @@ class Host:
         except NotFound:
             if plan is None:
                 return None
+            # A tenant that was destroyed while this command waited must not get a VM that nobody can name.
+            self._store.load_spec(plan.instance.tenant)
             record = records.new_record(instance, plan.network, now_ns=time.time_ns())
             self._store.save_record(record)
         context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)

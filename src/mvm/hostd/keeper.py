@@ -40,6 +40,7 @@ CONSOLE_LOG_BYTES = 1 << 20
 """Size at which console.log becomes console.log.1; so the two together are at most twice this."""
 EXIT_FILE = "vmm.exit"
 ALIVE_FILE = "alive"
+PID_FILE = "keeper.pid"
 ALIVE_FD = 7
 """The lock's descriptor in the VMM, which holds it without knowing."""
 _START_TIMEOUT_S = 20.0
@@ -122,10 +123,11 @@ def launch(
 
 
 def _take_alive(runtime: Path) -> int:
-    fd = os.open(runtime / ALIVE_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # Read-only, because the VMM holds it too, and what root reads must not be the VMM's to write.
+    fd = os.open(runtime / ALIVE_FILE, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
+        (runtime / PID_FILE).unlink(missing_ok=True)
     except BlockingIOError:
         os.close(fd)
         raise Conflict(
@@ -146,7 +148,10 @@ def anything_left(runtime: Path) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return int(os.pread(fd, 32, 0) or b"0")
+        try:
+            return int((runtime / PID_FILE).read_bytes()[:16] or b"0")
+        except FileNotFoundError:
+            return 0
     finally:
         os.close(fd)
 
@@ -223,7 +228,7 @@ def _keeper(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         _libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
-        os.pwrite(alive, str(os.getpid()).encode(), 0)
+        (runtime / PID_FILE).write_bytes(str(os.getpid()).encode())
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open("/dev/null", os.O_RDWR)
         stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -240,7 +245,7 @@ def _keeper(
         if serve is not None:
             known = threading.Event()
             for _ in range(2):  # one thread may wait for a chunk while the other answers
-                threading.Thread(target=serve, args=(pid, known), daemon=True).start()
+                threading.Thread(target=_serve_or_die, args=(serve, pid, known), daemon=True).start()
             os.read(settled, 1)
             known.set()
         os.close(settled)
@@ -256,6 +261,14 @@ def _keeper(
             pass
     finally:
         os._exit(0)
+
+
+def _serve_or_die(serve: Serve, vmm: int, known: threading.Event) -> None:
+    """A keeper that cannot serve any more ends, and its VMM with it: a guest must not wait for pages for ever."""
+    try:
+        serve(vmm, known)
+    except BaseException:
+        os._exit(1)
 
 
 def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, settle: int) -> None:

@@ -39,7 +39,8 @@ _THREADS = 2
 _RECENT = 8
 _POLL_S = 0.005
 # What the process that wakes the guest and the keeper share: chunks decrypted, and whether the guest has answered.
-_SHARED = struct.Struct("<Q?")
+_COUNT = struct.Struct("<Q")
+_ANSWERED_AT = 64  # a cache line of its own: whoever counts must not write back what the other process set
 _PAGES_PER_CHUNK = CHUNK // PAGE
 
 
@@ -61,17 +62,16 @@ class Pager:
 
     def answered(self) -> None:
         """The guest has answered: what it has touched by now is its working set."""
-        _SHARED.pack_into(self._shared, 0, self.decrypted(), True)
+        self._shared[_ANSWERED_AT] = 1
 
     def decrypted(self) -> int:
         """Chunks decrypted so far, from any process that shares this pager."""
-        return int(_SHARED.unpack_from(self._shared)[0])
+        return int(_COUNT.unpack_from(self._shared)[0])
 
     def _decrypt(self, number: int) -> bytes | bytearray:
         chunk = self._image.read_chunk(number)
         # Threads may lose a count to each other; a statistic needs no lock on this path.
-        count, answered = _SHARED.unpack_from(self._shared)
-        _SHARED.pack_into(self._shared, 0, count + 1, answered)
+        _COUNT.pack_into(self._shared, 0, self.decrypted() + 1)
         return chunk
 
     def read(self, offset: int, size: int) -> list[bytes | memoryview]:
@@ -115,7 +115,7 @@ class Pager:
             thread.start()
         for thread in threads:
             thread.join()
-        while not _SHARED.unpack_from(self._shared)[1]:
+        while not self._shared[_ANSWERED_AT]:
             if time.monotonic() - began > WINDOW_S:
                 return
             time.sleep(_POLL_S)

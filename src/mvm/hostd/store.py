@@ -19,7 +19,7 @@
         jail/
 
 Directories are 0700 and root's. Documents are replaced atomically and fsynced; a reader sees the old or the new one.
-Locks are always taken in the order root, tenant, instance.
+Locks are always taken in the order root, tenant, instance, tenant's network.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ class Store:
 
     def tenant_lock(self, tenant: TenantId) -> AbstractContextManager[int]:
         return locked(self.tenant_dir(tenant) / "lock", wait=LOCK_WAIT_S)
+
+    def network_lock(self, tenant: TenantId) -> AbstractContextManager[int]:
+        """Held while the tenant's bridge gets a port, or goes for want of one."""
+        ensure_dir(self.tenant_dir(tenant))
+        return locked(self.tenant_dir(tenant) / "network.lock", wait=LOCK_WAIT_S)
 
     def tenants(self) -> list[TenantId]:
         """Every tenant with a spec, sorted."""

@@ -58,7 +58,7 @@ def parse_mountinfo(text: str) -> list[tuple[str, str]]:
 
 def mounts_below(directory: str | Path) -> list[str]:
     """Mount points at or below `directory`, deepest last mounted first, so that they can be detached in order."""
-    prefix = str(directory).rstrip("/")
+    prefix = os.path.realpath(directory).rstrip("/")  # the kernel names mounts by resolved paths
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         points = [point for point, _ in parse_mountinfo(file.read())]
     return [p for p in reversed(points) if p == prefix or p.startswith(prefix + "/")]

@@ -67,7 +67,7 @@ def create(node: Standalone, spec: TenantSpec) -> Created:
                 with node.keys.create(tenant):
                     store.save_spec(spec)
             # Made once: instances that were destroyed since are `mvm tenant run`'s to make again.
-            if not (store.tenant_dir(tenant) / "instances").exists():
+            if existing is None or not (store.tenant_dir(tenant) / "instances").exists():
                 asked = (existing or spec).instances()
                 instances.add_records(node, existing or spec, index, asked)
             note.skip = existing is not None
@@ -143,11 +143,17 @@ def destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress:
     with node.journal.entry("tenant.destroy", tenant) as note:
         gone = tuple(store.instances(tenant))
         affected = dict.fromkeys([*gone, *(volumes(node, tenant) if wipe_volumes else ())])
-        for instance in affected:
-            with node.journal.entry("instance.destroy", tenant, instance):
-                instances.remove(
-                    node, instance, wipe_volumes=wipe_volumes, progress=instances.named(instance, progress)
-                )
+        # A start that was waiting for the instance makes it again, as long as there is a specification.
+        while affected:
+            for instance in affected:
+                with node.journal.entry("instance.destroy", tenant, instance):
+                    instances.remove(
+                        node,
+                        instance,
+                        wipe_volumes=wipe_volumes,
+                        progress=instances.named(instance, progress),
+                    )
+            affected = dict.fromkeys(store.instances(tenant))
         progress("deleting secrets and keys")
         with store.tenant_lock(tenant):
             wipe(home / secrets_store.STORE_NAME)

@@ -120,13 +120,13 @@ def test_a_place_is_taken_until_both_are_gone(runtime: Path, start: Start) -> No
 
 
 @pytest.mark.req("L3")
-def test_a_lock_file_with_a_strangers_pid_ends_no_stranger(runtime: Path, start: Start) -> None:
+def test_a_pid_file_with_a_strangers_pid_ends_no_stranger(runtime: Path, start: Start) -> None:
     child = os.fork()
     if child == 0:
         time.sleep(100)
         os._exit(0)
     vmm, _ = start("exec sleep 0.3")
-    (runtime / keeper.ALIVE_FILE).write_text(str(child))
+    (runtime / keeper.PID_FILE).write_text(str(child))
     assert keeper.end_leftovers(runtime), "it waits until those who hold the lock are gone"
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "the stranger lives"
     os.kill(child, signal.SIGKILL)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mvm.core.addressing import UID_BASE
 from mvm.hostd.vmm.qemu import probe
 
 VERSION = "7.2.0"
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """The probe's QEMU runs as a uid of its own, to which pytest's directories are closed."""
+    with tempfile.TemporaryDirectory(prefix="mvm-probe-") as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -98,3 +111,12 @@ def test_a_damaged_answer_is_found_out_again(tmp_path: Path, kvm: Path, content:
     assert choose(tmp_path, program).accel == "kvm"
     assert runs(tmp_path) == 2
     assert json.loads(file.read_text())["accel"] == "kvm"
+
+
+@pytest.mark.req("H4", "O1")
+def test_a_tenants_kernel_is_probed_by_a_uid_that_owns_nothing(tmp_path: Path, kvm: Path) -> None:
+    program = qemu(tmp_path, f'id -u > {tmp_path}/uid; cat "$0" > /dev/null; echo $* > {tmp_path}/arguments')
+    choose(tmp_path, program)
+    assert (tmp_path / "uid").read_text().strip() == str(UID_BASE)
+    assert "-sandbox on" in (tmp_path / "arguments").read_text()
+    assert str(tmp_path) not in (tmp_path / "arguments").read_text(), "files come as descriptors"

@@ -28,6 +28,7 @@ BOOT_S = 180.0
 ANSWER_S = 20.0
 _REAP_S = 2.0
 _ASK_AGAIN_S = 5.0
+_GOES_ON = (Intent.QUIESCING, Intent.WAKING)
 _RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
 _KEPT = frozenset({"logs", "metrics", "fc.final.json"})
@@ -115,7 +116,8 @@ class Context:
     def revive(self) -> bool:
         """Whether the VM runs and its guest answers; resumes it for that if it is paused.
 
-        A guest whose sleep was broken off was running before: one that is too busy to answer still is.
+        A guest that went on is not ended for being too busy to answer: neither one whose sleep was broken off, nor one
+        that was woken, whose memory could not be restored a second time.
         """
         if not self._vmm_is_alive():
             return False
@@ -128,7 +130,7 @@ class Context:
             self.tell_awake(remount_secrets=True)
         except GuestError:
             pending = self.record.pending
-            return pending is not None and pending.intent is Intent.QUIESCING and self._vmm_is_alive()
+            return pending is not None and pending.intent in _GOES_ON and self._vmm_is_alive()
         except (MvmError, OSError):
             return False
         return True
@@ -188,7 +190,8 @@ class Context:
             self.destroy_snapshots()
 
     def release_network(self) -> None:
-        network.remove_bridge_if_unused(self.record.network.bridge)
+        with self.store.network_lock(self.id.tenant):
+            network.remove_bridge_if_unused(self.record.network.bridge)
 
     # The guest.
 

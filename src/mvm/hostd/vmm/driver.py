@@ -84,8 +84,8 @@ class GuestMemory(msgspec.Struct, frozen=True):
     """Where a restored VM's memory comes from: a file the VMM maps privately and never changes.
 
     `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
-    (None for a file that simply has it), (mvm.hostd.keeper.Serve); it needs the descriptors `keep`. `close`: drops our hold;
-    the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called when the guest has answered.
+    (`mvm.hostd.keeper.Serve`, None for a file that simply has it); it needs the descriptors `keep`. `close`: drops our
+    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called when the guest answered.
     """
 
     fd: int

@@ -1,6 +1,6 @@
 """QEMU's command line for a machine: pure.
 
-QEMU opens nothing by name. Everything it uses reaches it as a descriptor under one of the numbers below, opened or
+QEMU opens nothing of ours by name. All of it reaches it as a descriptor under one of the numbers below, opened or
 bound by us, so it needs no right to any file and may run as a uid that owns none:
 
     3          QMP, a listening socket            6       the tap
@@ -25,7 +25,7 @@ QMP_FD, CONSOLE_FD, MEMORY_FD, TAP_FD, KERNEL_FD, INITRD_FD = 3, 4, 5, 6, 8, 9  
 CHANNEL_FD, DRIVE_FD, KEY_FD = 10, 20, 40
 
 _MACHINE = "microvm,pit=on,pic=on,rtc=on,acpi=on,x-option-roms=off,memory-backend=mem,suppress-vmdesc=on"
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # QEMU keeps translated code in a buffer this large, in MiB; by default it takes a share of the host's memory.
 _TRANSLATION_MIB = 64
 
@@ -56,7 +56,7 @@ def command(qemu: str, machine: Machine, accel: str, *, extra: str = "", restore
         qemu, "-name", machine.name, "-M", _MACHINE, *accel_args(accel),
         "-m", str(machine.mem_mib), "-smp", str(machine.vcpus),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S",
-        "-sandbox", _SANDBOX, "-global", "migration.send-configuration=off",
+        "-sandbox", SANDBOX, "-global", "migration.send-configuration=off",
         "-chardev", f"socket,id=qmp,fd={QMP_FD},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         "-chardev", f"socket,id=console,fd={CONSOLE_FD}", "-serial", "chardev:console",
         "-object", _memory(machine, restored), *(_INCOMING if restored else _boot(machine, extra)),

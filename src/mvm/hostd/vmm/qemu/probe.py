@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mvm.hostd.vmm.qemu.command import accel_args
+from mvm.core.addressing import UID_BASE
+from mvm.hostd.vmm.qemu.command import SANDBOX, accel_args
 from mvm.linux import machine as host
 from mvm.linux.files import write_atomic
 from mvm.linux.process import start
@@ -67,12 +68,13 @@ def _cached(facts: list[str], cache: Path) -> Path:
     return cache / f"accel-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.json"
 
 
-def probe_command(qemu: str, kernel: Path, initrd: Path) -> list[str]:
+def probe_command(qemu: str, kernel: str, initrd: str) -> list[str]:
+    """`kernel`, `initrd`: paths, which are those of descriptors."""
     return [
         qemu, "-M", "microvm,pit=on,pic=on,rtc=on,acpi=on,x-option-roms=off", *accel_args("kvm"),
         "-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-kernel", str(kernel), "-initrd", str(initrd), "-append", "console=ttyS0 quiet reboot=t panic=-1 mvm.probe",
-        "-serial", "stdio",
+        "-sandbox", SANDBOX, "-kernel", kernel, "-initrd", initrd, "-serial", "stdio",
+        "-append", "console=ttyS0 quiet reboot=t panic=-1 mvm.probe",
     ]  # fmt: skip
 
 
@@ -82,7 +84,14 @@ def _probe(qemu: str, kernel: Path, initrd: Path) -> Acceleration:
     os.set_blocking(reader, False)
     seen = b""
     try:
-        child = start(probe_command(qemu, kernel, initrd), stdout=writer, stderr=writer)
+        # A tenant's kernel: it is booted by a uid that owns nothing, as its guests will be.
+        with kernel.open("rb") as vmlinux, initrd.open("rb") as ramdisk:
+            files = [vmlinux.fileno(), ramdisk.fileno()]
+            argv = probe_command(qemu, *(f"/proc/self/fd/{fd}" for fd in files))
+            groups = [os.stat(KVM).st_gid] if os.path.exists(KVM) else []
+            child = start(
+                argv, pass_fds=files, stdout=writer, stderr=writer, uid=UID_BASE, gid=UID_BASE, groups=groups
+            )
         os.close(writer)
         writer = -1
         with child:
