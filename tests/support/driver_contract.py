@@ -433,7 +433,7 @@ class DriverContract:
         paths = origin.world.paths(origin.plan)
         ours = {link for link in links if link.startswith(str(origin.world.store.root))}
         assert ours <= {
-            str(paths.runtime / keeper.ALIVE_FILE), str(paths.data_disk), str(paths.vmm_log),
+            str(paths.runtime / keeper.ALIVE_FILE), str(paths.data_disk),
             *(str(origin.world.store.revisions_dir / origin.plan.revision / name) for name in ARTIFACT_NAMES),
         }  # fmt: skip
         assert "/dev/fuse" not in links, "the VMM cannot answer for its own memory"

@@ -3,7 +3,8 @@
 It exists so that a VM depends on no command and no daemon of ours, and leaves nothing behind:
 
 - it starts the VMM as the instance's uid, without privileges to gain, and hands it descriptors under fixed numbers;
-- it drains the guest's console into a log of bounded size (a guest can write for ever; the disk is not its to fill);
+- it drains the guest's console and the VMM's own words into logs of bounded size (a guest can make both go on for ever;
+  the disk is not its to fill);
 - it serves the pages of a woken VM (`serve`), so the key of one snapshot is in one process and dies with it;
 - when the VMM ends it writes `vmm.exit` (the wait status in decimal) into the runtime directory, and ends itself;
 - both hold a lock on `runtime/alive` from before the fork, so the kernel can say whether anything of a VM is left
@@ -20,7 +21,6 @@ import ctypes
 import fcntl
 import os
 import resource
-import select
 import signal
 import socket
 import threading
@@ -32,12 +32,11 @@ import msgspec
 
 from mvm.core.errors import Busy, Conflict, VmmError
 from mvm.core.record import ProcessIdentity
+from mvm.hostd.bounded_log import BoundedLog, drain, tail
 from mvm.linux.files import write_atomic
 from mvm.linux.pidfd import identify
 from mvm.linux.process import clean_environment, wait_readable
 
-CONSOLE_LOG_BYTES = 1 << 20
-"""Size at which console.log becomes console.log.1; so the two together are at most twice this."""
 EXIT_FILE = "vmm.exit"
 ALIVE_FILE = "alive"
 PID_FILE = "keeper.pid"
@@ -118,7 +117,9 @@ def launch(
     vmm_pid, keeper_pid = (int(number) for number in rest.split())
     vmm, keeper = identify(vmm_pid), identify(keeper_pid)
     if vmm is None or keeper is None:
-        raise VmmError("the VMM ended at once", details=_tail(errors), resolution=f"See {errors}.")
+        raise VmmError(
+            "the VMM ended at once", details=last_words(runtime, errors), resolution=f"See {errors}."
+        )
     return vmm, keeper
 
 
@@ -154,6 +155,12 @@ def anything_left(runtime: Path) -> int | None:
             return 0
     finally:
         os.close(fd)
+
+
+def last_words(runtime: Path, errors: Path) -> str:
+    """What the VMM that has just ended said, once its keeper has written it down."""
+    await_end(runtime, wait_s=2.0)
+    return tail(errors)
 
 
 def await_end(runtime: Path, *, wait_s: float = 5.0) -> bool:
@@ -203,14 +210,6 @@ def _is_keeper(pid: int) -> bool:
         return False
 
 
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read()[-2000:].decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
-
-
 def _keeper(
     program: Program,
     runtime: Path,
@@ -231,7 +230,11 @@ def _keeper(
         (runtime / PID_FILE).write_bytes(str(os.getpid()).encode())
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open("/dev/null", os.O_RDWR)
-        stderr = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        words, stderr = os.pipe2(os.O_CLOEXEC)
+        logs = {
+            console.fileno(): BoundedLog(runtime / "logs" / "console.log"),
+            words: BoundedLog(errors, fresh=True),
+        }
         os.chdir("/")  # neither of us may pin the directory that the command was started in
         me = os.getpid()
         settled, settle = os.pipe2(os.O_CLOEXEC)
@@ -241,7 +244,8 @@ def _keeper(
         pidfd = os.pidfd_open(pid)
         for number in (0, 1, 2):
             os.dup2(null, number)
-        _close_all_but({0, 1, 2, tell, alive, pidfd, settled, console.fileno(), *keep})
+        kept = {0, 1, 2, tell, alive, pidfd, settled, *logs, *(log.fileno() for log in logs.values())}
+        _close_all_but({*kept, *keep})
         if serve is not None:
             known = threading.Event()
             for _ in range(2):  # one thread may wait for a chunk while the other answers
@@ -251,7 +255,7 @@ def _keeper(
         os.close(settled)
         os.write(tell, f"ok {pid} {os.getpid()}".encode())
         os.close(tell)
-        _drain(console, pidfd, runtime / "logs" / "console.log")
+        drain(logs, pidfd)
         _, status = os.waitpid(pid, 0)
         write_atomic(runtime / EXIT_FILE, str(status).encode())
     except BaseException as error:
@@ -317,39 +321,3 @@ def _close_all_but(wanted: set[int]) -> None:
             os.closerange(lowest, fd)
         lowest = fd + 1
     os.closerange(lowest, 1 << 16)
-
-
-def _drain(console: socket.socket, pidfd: int, log: Path) -> None:
-    """Copy the console to `log` until the VMM has ended and its console is dry."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    size = os.fstat(out).st_size
-    console.setblocking(False)
-    poll = select.poll()
-    poll.register(console, select.POLLIN)
-    poll.register(pidfd, select.POLLIN)
-    ended = False
-    while True:
-        ready = {fd for fd, _ in poll.poll(None)}
-        ended = ended or pidfd in ready
-        try:
-            data = console.recv(1 << 16)
-        except BlockingIOError:
-            data = None
-        except OSError:
-            data = b""
-        if data == b"" or (ended and data is None):
-            if ended:
-                return
-            poll.unregister(console)  # the VMM closed it and still runs
-        if data:
-            try:
-                if size + len(data) > CONSOLE_LOG_BYTES:
-                    os.rename(log, f"{log}.1")
-                    fresh = os.open(
-                        log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-                    )
-                    os.close(out)
-                    out, size = fresh, 0
-                size += os.write(out, data)
-            except OSError:
-                pass  # a full disk costs console lines, not the VM

@@ -15,6 +15,7 @@ import pytest
 from mvm.core.errors import Conflict, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd import keeper
+from mvm.hostd.bounded_log import LOG_BYTES
 from mvm.hostd.recovery import read_exit
 from mvm.linux.pidfd import is_alive
 
@@ -141,12 +142,28 @@ def test_a_console_that_cannot_be_written_does_not_cost_the_vm(runtime: Path, st
     (runtime / "logs" / "console.log.1" / "x").touch()
     vmm, _ = start("head -c 3000000 /dev/zero >&4; exec sleep 100")
     until = time.monotonic() + 20
-    while not log.exists() or log.stat().st_size < keeper.CONSOLE_LOG_BYTES // 2:
+    while not log.exists() or log.stat().st_size < LOG_BYTES // 2:
         assert time.monotonic() < until
         time.sleep(0.01)
     time.sleep(0.2)
     assert is_alive(vmm)
-    assert log.stat().st_size <= keeper.CONSOLE_LOG_BYTES
+    assert log.stat().st_size <= LOG_BYTES
+
+
+@pytest.mark.req("L1", "H2")
+@pytest.mark.parametrize(("where", "name"), [(">&4", "console.log"), (">&2", "vmm.log")])
+def test_what_a_hostile_guest_makes_said_is_bounded(
+    runtime: Path, start: Start, where: str, name: str
+) -> None:
+    """QEMU prints a line for every malformed request of a guest, which can send them for ever."""
+    vmm, parent = start(f"head -c 5000000 /dev/zero {where}; sleep 0.2")
+    until = time.monotonic() + 20
+    while is_alive(parent):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert not is_alive(vmm)
+    sizes = [(runtime / "logs" / file).stat().st_size for file in (name, f"{name}.1")]
+    assert all(0 < size <= LOG_BYTES for size in sizes), sizes
 
 
 @pytest.mark.req("L3")

@@ -12,6 +12,7 @@ from tests.support.fake_world import fake_world
 
 from mvm.core.errors import VmmError
 from mvm.hostd import keeper
+from mvm.hostd.bounded_log import LOG_BYTES
 from mvm.hostd.vmm.driver import Driver, Vm
 
 pytestmark = pytest.mark.root
@@ -83,7 +84,7 @@ class TestFakeDriver(DriverContract):
         logs = origin.world.paths(origin.plan).logs
         sizes = {p.name: p.stat().st_size for p in logs.glob("console.log*")}
         assert set(sizes) == {"console.log", "console.log.1"}
-        assert all(size <= keeper.CONSOLE_LOG_BYTES for size in sizes.values())
+        assert all(size <= LOG_BYTES for size in sizes.values())
         assert logs.joinpath("console.log").read_bytes().endswith(b"x" * 99 + b"\n"), (
             "the end is what is kept"
         )

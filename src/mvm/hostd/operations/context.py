@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from mvm.core import record as records
 from mvm.core.errors import GuestError, MvmError, VmmError
@@ -14,6 +13,7 @@ from mvm.core.ids import InstanceId, SnapshotId
 from mvm.core.lifecycle import Action, Intent, NoOp, State, after_failure, plan_transition
 from mvm.core.record import InstanceRecord
 from mvm.hostd import keeper, sealing
+from mvm.hostd.bounded_log import tail
 from mvm.hostd.guest_channel import GuestChannel, GuestRefusal, WakeReport, connect, lock_path, socket_path
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network
@@ -215,13 +215,13 @@ class Context:
                 if not vm.is_alive():
                     raise VmmError(
                         f"the VM of {self.id} ended while it started",
-                        details=_tail(self.paths.console_log) or _tail(self.paths.vmm_log),
+                        details=tail(self.paths.console_log) or tail(self.paths.vmm_log),
                         resolution=f"See {self.paths.console_log}.",
                     ) from error
                 if time.monotonic() > deadline:
                     raise GuestError(
                         f"the guest of {self.id} does not answer",
-                        details=_tail(self.paths.console_log),
+                        details=tail(self.paths.console_log),
                         resolution=f"See {self.paths.console_log}.",
                     ) from error
 
@@ -237,11 +237,3 @@ class Context:
         self.sweep_snapshots()
         if self.paths.snapshots.is_dir():
             sealing.destroy(self.paths.latest)
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read()[-1500:].decode("utf-8", "replace").strip()
-    except OSError:
-        return ""

@@ -19,8 +19,9 @@ from pathlib import Path
 from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import ArtifactHash, Fingerprint
+from mvm.hostd.bounded_log import tail
 from mvm.hostd.guest_channel.ports import socket_path
-from mvm.hostd.keeper import Program, launch
+from mvm.hostd.keeper import Program, last_words, launch
 from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine
 from mvm.hostd.vmm.qemu import command as layout
 from mvm.hostd.vmm.qemu.probe import Acceleration, choose_acceleration
@@ -216,10 +217,8 @@ class QemuVm:
             ) from error
 
     def _last_words(self) -> str:
-        try:
-            return (self._runtime / "logs" / "vmm.log").read_text(errors="replace")[-2000:].strip()
-        except OSError:
-            return ""
+        errors = self._runtime / "logs" / "vmm.log"
+        return tail(errors) if self.is_alive() else last_words(self._runtime, errors)
 
     def pause(self) -> None:
         self._call("stop")
