@@ -33,6 +33,7 @@ import msgspec
 from mvm.core.errors import Busy, Conflict, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd.bounded_log import BoundedLog, drain, tail
+from mvm.linux import hugepages
 from mvm.linux.files import write_atomic
 from mvm.linux.pidfd import identify
 from mvm.linux.process import clean_environment, wait_readable
@@ -300,6 +301,7 @@ def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, s
                 program.served
             )  # as the one uid that may: the kernel asks the keeper, and keeps the answer
             os.write(settle, b"1")
+            hugepages.refuse_advice()
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_DFL)
