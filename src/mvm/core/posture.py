@@ -222,7 +222,7 @@ GUARANTEES: Final = (
         "A VMM sees no file and no process of the host.",
         "Its root directory is not the host's, and its mount and PID namespaces are its own.",
         ("H4",), there=False,
-        note="QEMU is given open descriptors and opens nothing by name, but could read what every user can.",
+        note="QEMU is given open descriptors and opens nothing of mvm's by name, but could read what every user can.",
     ),
     Guarantee(
         "vmm-limits", "machines", _B,
