@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
-from tests.support.world import World
+from tests.support.world import World, open_files
 
 from mvm.core.errors import VmmError
 from mvm.core.ids import SnapshotId
@@ -428,8 +428,7 @@ class DriverContract:
         vm = restored(sealed=True)
         vm.resume()
         answers(origin.world, origin.plan, vm, 30)
-        base = f"/proc/{vm.identity.pid}/fd"
-        links = {os.readlink(f"{base}/{fd}") for fd in os.listdir(base)}
+        links = set(open_files(str(vm.identity.pid)))
         paths = origin.world.paths(origin.plan)
         ours = {link for link in links if link.startswith(str(origin.world.store.root))}
         assert ours <= {

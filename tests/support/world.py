@@ -171,7 +171,7 @@ class World:
             if not entry.isdigit() or int(entry) == os.getpid():
                 continue
             with contextlib.suppress(OSError):  # it has ended
-                if any(link.startswith(prefix) for link in _open_files(entry)):
+                if any(link.startswith(prefix) for link in open_files(entry)):
                     found[int(entry)] = Path(f"/proc/{entry}/comm").read_text().strip()
         return found
 
@@ -234,7 +234,7 @@ def read_state(paths: InstancePaths) -> dict[str, object]:
     return value
 
 
-def _open_files(pid: str) -> Iterator[str]:
+def open_files(pid: str) -> Iterator[str]:
     """What a process has open; a descriptor that it closes meanwhile is passed over, not the process."""
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
