@@ -22,6 +22,7 @@ from mvm.core.ids import PoolId, RevisionId, TenantId
 from mvm.core.plan import InstancePlan, plan_instance
 from mvm.core.record import InstanceRecord
 from mvm.core.spec import new_tenant
+from mvm.hostd import keeper
 from mvm.hostd.host import Host, no_fault
 from mvm.hostd.keys.development import DevelopmentKeyProvider
 from mvm.hostd.store import InstancePaths, Store
@@ -196,6 +197,8 @@ class World:
     def assert_nothing_runs(self, plan: InstancePlan, *, sleeping: bool = False) -> None:
         """No process, mount, link, socket, lock of a VM, or half of anything."""
         running = self.processes()
+        assert "mvm-keeper" not in running.values(), running
+        assert keeper.anything_left(self.paths(plan).runtime) is None, "a VMM or a keeper holds its lock"
         until = time.monotonic() + 10
         while running and time.monotonic() < until:
             # A program that a killed command had started ends by itself, on a file that has no name any more. (Until it

@@ -15,8 +15,8 @@ with one answer:
   it failed, and whoever tried is alive to say so: `after_failure(step, committed=, alive=)`;
   whoever tried died (crash, SIGKILL, power): `settle(step, committed=, alive=)`.
 
-`alive` means that the VMM runs *and* its guest answers; for a sleep that was broken off and for a wake, that the
-VMM runs: a guest with memory to lose is not ended for being too busy to answer. Where the answer is not
+`alive` means that the VMM runs *and* its guest answers; for a sleep that was broken off, that the VMM
+runs: the guest was running before, and one too busy to answer is not one to end. Where the answer is not
 `running`, whoever asked ends the VMM and releases what it held.
 
 Why waking has its commit point at the resume of the vCPUs and not at its end: from then on the guest may

@@ -26,9 +26,10 @@ from mvm.linux.mount import detach, mounts_below
 BOOT_S = 180.0
 """How long a guest may take to its first answer. Software emulation on a busy host needs most of a minute."""
 ANSWER_S = 20.0
+AWAKE_S = 180.0
+"""How long a woken guest may take to its first answer; ample, because after that it is ended, its memory with it."""
 _REAP_S = 2.0
 _ASK_AGAIN_S = 5.0
-_GOES_ON = (Intent.QUIESCING, Intent.WAKING)
 _RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
 _KEPT = frozenset({"logs", "metrics", "fc.final.json"})
@@ -116,8 +117,7 @@ class Context:
     def revive(self) -> bool:
         """Whether the VM runs and its guest answers; resumes it for that if it is paused.
 
-        A guest that went on is not ended for being too busy to answer: neither one whose sleep was broken off, nor one
-        that was woken, whose memory could not be restored a second time.
+        A guest whose sleep was broken off was running before: one that is too busy to answer still is.
         """
         if not self._vmm_is_alive():
             return False
@@ -127,21 +127,21 @@ class Context:
                 vm.resume()
             finally:
                 vm.close()
-            self.tell_awake(remount_secrets=True)
+            self.tell_awake(remount_secrets=True, within_s=ANSWER_S)
         except GuestError:
             pending = self.record.pending
-            return pending is not None and pending.intent in _GOES_ON and self._vmm_is_alive()
+            return pending is not None and pending.intent is Intent.QUIESCING and self._vmm_is_alive()
         except (MvmError, OSError):
             return False
         return True
 
-    def tell_awake(self, *, remount_secrets: bool) -> WakeReport:
-        """Have a resumed guest put itself right, and return what it says. GuestError after ANSWER_S seconds.
+    def tell_awake(self, *, remount_secrets: bool, within_s: float) -> WakeReport:
+        """Have a resumed guest put itself right, and return what it says. GuestError after `within_s`.
 
         Asked again every few seconds: doing it twice changes nothing, and a request can get lost between a port that
         a snapshot remembers as closed and the news that it is open.
         """
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + within_s
         while True:
             left = deadline - time.monotonic()
             try:

@@ -19,7 +19,7 @@ from mvm.core.snapshot import WakeReceipt
 from mvm.hostd import net_policy, sealing
 from mvm.hostd.assembly import assemble, has_secrets, load_revision, require_memory
 from mvm.hostd.guest_channel import WakeReport, distrust_ports
-from mvm.hostd.operations.context import Context
+from mvm.hostd.operations.context import AWAKE_S, Context
 from mvm.hostd.operations.snapshots import open_latest
 from mvm.hostd.pager import open_memory
 
@@ -70,7 +70,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 context.watch.phase("guest answers")
                 # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
                 wanted = has_secrets(context.store, plan)
-                report = context.tell_awake(remount_secrets=wanted)
+                report = context.tell_awake(remount_secrets=wanted, within_s=AWAKE_S)
                 memory.answered()
                 _check(context, report, secrets=wanted)
                 phases, total = context.watch.stop()
