@@ -46,10 +46,22 @@ def test_carries_the_embedded_flake_unchanged(wheel: zipfile.ZipFile) -> None:
         assert wheel.read(prefix + name) == (flake / name).read_bytes(), name
 
 
+@pytest.mark.req("H7")
+def test_carries_the_services_files_unchanged(wheel: zipfile.ZipFile) -> None:
+    prefix = "mvm/_data/systemd/"
+    assert {n.removeprefix(prefix) for n in wheel.namelist() if n.startswith(prefix)} == below(
+        ROOT / "systemd"
+    )
+    for name in below(ROOT / "systemd"):
+        assert wheel.read(prefix + name) == (ROOT / "systemd" / name).read_bytes(), name
+
+
 def test_carries_the_guest_and_the_command(wheel: zipfile.ZipFile) -> None:
     assert "mvm/guest/__init__.py" in wheel.namelist()
     (entry,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
-    assert "mvm = mvm.cli.__main__:main" in wheel.read(entry).decode()
+    commands = wheel.read(entry).decode()
+    assert "mvm = mvm.cli.__main__:main" in commands
+    assert "mvm-hostd = mvm.hostd.__main__:main" in commands
 
 
 def test_carries_nothing_else(wheel: zipfile.ZipFile) -> None:

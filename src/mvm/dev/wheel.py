@@ -2,7 +2,8 @@
 
 The build backend is not needed (an installed mvm has none) and its result would carry the time. The layout is the
 wheel format's (PEP 427): `mvm/...`, and `mvm-<version>.dist-info/` with METADATA, WHEEL, entry_points.txt and RECORD.
-The embedded flake goes to `mvm/_data/nix/embedded`, where `mvm.builder.flakes` looks for it.
+The embedded flake goes to `mvm/_data/nix/embedded`, where `mvm.builder.flakes` looks for it, the service's files to
+`mvm/_data/systemd`, for `mvm.hostd.install`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import importlib.metadata
 import io
 import os
 import stat
+import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from mvm.core.errors import NotFound
+from mvm.hostd.install import units
 
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _WHEEL: Final = "Wheel-Version: 1.0\nGenerator: mvm\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _FLAKE: Final = "mvm/_data/nix/embedded"
+_SERVICE: Final = "mvm/_data/systemd"
 _SKIPPED: Final = frozenset({"__pycache__", ".mypy_cache", ".ruff_cache", "result"})
 
 
@@ -39,10 +43,11 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
             yield inside.as_posix(), path
 
 
-def contents(package: Path, flake: Path) -> dict[str, tuple[bytes, bool]]:
-    """name in the wheel -> (bytes, executable), without the metadata."""
+def contents(package: Path, flake: Path, service: Path) -> dict[str, tuple[bytes, bool]]:
+    """name in the wheel -> (bytes, executable), without the metadata. `service`: units and what belongs to them."""
     found = {f"mvm/{name}": _read(path) for name, path in files_below(package)}
-    found.update({f"{_FLAKE}/{name}": _read(path) for name, path in files_below(flake)})
+    for place, folder in ((_FLAKE, flake), (_SERVICE, service)):
+        found.update({f"{place}/{name}": _read(path) for name, path in files_below(folder)})
     return found
 
 
@@ -60,8 +65,13 @@ def metadata() -> tuple[str, dict[str, bytes]]:
             details="It runs from a directory that pip knows nothing of, so there is no metadata for its wheel.",
             resolution="install it, for example with scripts/setup in a checkout",
         ) from error
-    texts = {name: distribution.read_text(name) for name in ("METADATA", "entry_points.txt")}
-    return distribution.version, {name: (text or "").encode() for name, text in texts.items()}
+    texts = {name: distribution.read_text(name) or "" for name in ("METADATA", "entry_points.txt")}
+    if (folder := checkout()) is not None:
+        # An editable install knows the commands of the day it was made.
+        scripts = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+        lines = (f"{name} = {target}\n" for name, target in sorted(scripts.items()))
+        texts["entry_points.txt"] = "[console_scripts]\n" + "".join(lines)
+    return distribution.version, {name: text.encode() for name, text in texts.items()}
 
 
 def assemble(version: str, info: Mapping[str, bytes], files: Mapping[str, tuple[bytes, bool]]) -> bytes:
@@ -92,7 +102,9 @@ def _digest(data: bytes) -> str:
 def build(flake: Path) -> tuple[str, bytes]:
     """(file name, bytes) of the wheel of the running mvm, with the embedded flake at `flake`."""
     version, info = metadata()
-    return f"mvm-{version}-py3-none-any.whl", assemble(version, info, contents(package_dir(), flake))
+    return f"mvm-{version}-py3-none-any.whl", assemble(
+        version, info, contents(package_dir(), flake, units.shipped_dir())
+    )
 
 
 def checkout() -> Path | None:

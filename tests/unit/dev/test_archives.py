@@ -66,7 +66,8 @@ def test_the_same_files_give_the_same_wheel(tmp_path: Path) -> None:
         (tmp_path / name / "a.py").write_text("x")
         os.utime(tmp_path / name / "a.py", (len(name) + ord(name[0]), 5))
         (tmp_path / name / "__pycache__" / "a.pyc").write_text(name)
-    one, two = (wheel.contents(tmp_path / name, tmp_path / "none") for name in ("one", "two"))
+    none = tmp_path / "none"
+    one, two = (wheel.contents(tmp_path / name, none, none) for name in ("one", "two"))
     assert one == two == {"mvm/a.py": (b"x", False)}
 
 
