@@ -2,7 +2,8 @@
 
 It exists so that a VM depends on no command and no daemon of ours, and leaves nothing behind:
 
-- it starts the VMM as the instance's uid, without privileges to gain, and hands it descriptors under fixed numbers;
+- it starts the VMM in a jail and a control group, as the instance's uid, without privileges to gain, and hands it
+  descriptors under fixed numbers;
 - it drains the guest's console and the VMM's own words into logs of bounded size (a guest can make both go on for ever;
   the disk is not its to fill);
 - it serves the pages of a woken VM (`serve`), so the key of one snapshot is in one process and dies with it;
@@ -21,6 +22,7 @@ import ctypes
 import fcntl
 import os
 import resource
+import select
 import signal
 import socket
 import threading
@@ -32,6 +34,7 @@ import msgspec
 
 from mvm.core.errors import Busy, Conflict, VmmError
 from mvm.core.record import ProcessIdentity
+from mvm.hostd import jail as jails
 from mvm.hostd.bounded_log import BoundedLog, drain, tail
 from mvm.linux import hugepages
 from mvm.linux.files import write_atomic
@@ -41,10 +44,14 @@ from mvm.linux.process import clean_environment, wait_readable
 EXIT_FILE = "vmm.exit"
 ALIVE_FILE = "alive"
 PID_FILE = "keeper.pid"
+UNJAILED_FILE = "unjailed"
+"""Says why the VMM that runs has no jail. It is there only then."""
 ALIVE_FD = 7
 """The lock's descriptor in the VMM, which holds it without knowing."""
 _START_TIMEOUT_S = 20.0
 _NAME = b"mvm-keeper"
+_SETTLED, _UNJAILED, _FAILED = b"s", b"u", b"f"
+"""What the child may say before it executes the program, each with a line of text."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 1, 4, 15, 38
 
 # A terminal's signals are meant for the command that started the VM, not for the VM.
@@ -62,7 +69,9 @@ answer that would correct it is then dropped as older."""
 class Program(msgspec.Struct, frozen=True):
     """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors.
 
-    `served`: the number under which it gets the file that `serve` answers for, if there is one.
+    `argv[0]`: a path in the jail, if there is one that is pivoted into. `served`: the number under which it gets the
+    file that `serve` answers for, if there is one. `jail`: descriptors in its binds are ours, not the VMM's. `cgroup`:
+    the directory of a control group (v2), which the VMM joins before anything else.
     """
 
     argv: Sequence[str]
@@ -71,6 +80,8 @@ class Program(msgspec.Struct, frozen=True):
     gid: int
     groups: Sequence[int]
     served: int | None = None
+    jail: jails.Jail | None = None
+    cgroup: Path | None = None
 
 
 def launch(
@@ -85,7 +96,7 @@ def launch(
     """Fork a keeper, which starts `program`. Returns (VMM, keeper).
 
     `console`: our end of the guest's console. `errors`: file that gets the VMM's own stderr. `keep`: descriptors that
-    `serve` needs. Raises VmmError if the program could not be executed.
+    `serve` needs. Returns once the program is executed; VmmError if it could not be, or its jail not be built.
     """
     alive = _take_alive(runtime)
     ready, tell = os.pipe2(os.O_CLOEXEC)
@@ -129,7 +140,8 @@ def _take_alive(runtime: Path) -> int:
     fd = os.open(runtime / ALIVE_FILE, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (runtime / PID_FILE).unlink(missing_ok=True)
+        for stale in (PID_FILE, UNJAILED_FILE):
+            (runtime / stale).unlink(missing_ok=True)
     except BlockingIOError:
         os.close(fd)
         raise Conflict(
@@ -237,24 +249,22 @@ def _keeper(
             words: BoundedLog(errors, fresh=True),
         }
         os.chdir("/")  # neither of us may pin the directory that the command was started in
-        me = os.getpid()
-        settled, settle = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
+        me = os.pidfd_open(os.getpid())
+        hears, says = os.pipe2(os.O_CLOEXEC)
+        pid = _fork(program, runtime)
         if pid == 0:
-            _become(program, null, stderr, alive, me, settle)
+            _become(program, null, stderr, alive, me, says)
         pidfd = os.pidfd_open(pid)
         for number in (0, 1, 2):
             os.dup2(null, number)
-        kept = {0, 1, 2, tell, alive, pidfd, settled, *logs, *(log.fileno() for log in logs.values())}
+        kept = {0, 1, 2, tell, alive, pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
         _close_all_but({*kept, *keep})
+        known = threading.Event()
         if serve is not None:
-            known = threading.Event()
             for _ in range(2):  # one thread may wait for a chunk while the other answers
                 threading.Thread(target=_serve_or_die, args=(serve, pid, known), daemon=True).start()
-            os.read(settled, 1)
-            known.set()
-        os.close(settled)
-        os.write(tell, f"ok {pid} {os.getpid()}".encode())
+        problem = _hear(hears, runtime, known)
+        os.write(tell, problem or f"ok {pid} {os.getpid()}".encode())
         os.close(tell)
         drain(logs, pidfd)
         _, status = os.waitpid(pid, 0)
@@ -268,6 +278,38 @@ def _keeper(
         os._exit(0)
 
 
+def _fork(program: Program, runtime: Path) -> int:
+    try:
+        return jails.fork(program.jail)
+    except OSError as error:
+        if program.jail is None or program.jail.required:
+            raise
+        _note_unjailed(runtime, f"{error}")
+        return os.fork()
+
+
+def _hear(hears: int, runtime: Path, known: threading.Event) -> bytes:
+    """What the child says, to its end, which is the program's beginning: b"", or why there is no program."""
+    problem, rest = b"", b""
+    while data := os.read(hears, 4096):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            kind, text = line[:1], line[1:]
+            if kind == _SETTLED:
+                known.set()
+            elif kind == _UNJAILED:
+                _note_unjailed(runtime, text.decode("utf-8", "replace"))
+            else:
+                problem = b"failed " + text
+    os.close(hears)
+    return problem
+
+
+def _note_unjailed(runtime: Path, why: str) -> None:
+    with (runtime / UNJAILED_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"{why}\n")
+
+
 def _serve_or_die(serve: Serve, vmm: int, known: threading.Event) -> None:
     """A keeper that cannot serve any more ends, and its VMM with it: a guest must not wait for pages for ever."""
     try:
@@ -276,40 +318,70 @@ def _serve_or_die(serve: Serve, vmm: int, known: threading.Event) -> None:
         os._exit(1)
 
 
-def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, settle: int) -> None:
-    """In the child: take the descriptors' places, give up everything, execute."""
+def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, says: int) -> None:
+    """In the child: go into the jail, take the descriptors' places, give up everything, execute."""
     try:
+        _die_with(keeper)
+        if program.cgroup is not None:
+            _join(program.cgroup)
+        if program.jail is not None:
+            _enter(program.jail, says)
         # Above every wanted number first, so that no move overwrites a source.
         high = {number: _dup_above(fd, 200) for number, fd in {**program.fds, ALIVE_FD: alive}.items()}
-        settle = _dup_above(settle, 200)
+        says, keeper = _dup_above(says, 200), _dup_above(keeper, 200)
         os.dup2(null, 0)
         os.dup2(null, 1)
-        os.dup2(stderr, 2)
+        stderr = os.dup2(stderr, 2)
         for number, fd in high.items():
             os.dup2(fd, number, inheritable=True)
-        _close_all_but({0, 1, 2, settle, ALIVE_FD, *program.fds})
+        _close_all_but({0, 1, 2, says, keeper, ALIVE_FD, *program.fds})
         os.setgroups(list(program.groups))
         os.setresgid(program.gid, program.gid, program.gid)
         os.setresuid(program.uid, program.uid, program.uid)
-        # After the change of uid, which clears it.
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != keeper:
-            return  # it died before the line above could tell the kernel
+        _die_with(keeper)  # the change of uid has cleared it
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if program.served is not None:
-            os.fstat(
-                program.served
-            )  # as the one uid that may: the kernel asks the keeper, and keeps the answer
-            os.write(settle, b"1")
+            # As the one uid that may: the kernel asks the keeper, and keeps the answer.
+            os.fstat(program.served)
+            os.write(says, _SETTLED + b"\n")
             hugepages.refuse_advice()
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_DFL)
         os.execve(program.argv[0], list(program.argv), clean_environment())
     except BaseException as error:
-        os.write(2, f"{program.argv[0]}: {error}\n".encode())
+        words = f"{program.argv[0]}: {error}".replace("\n", " ")
+        os.write(says, _FAILED + words.encode()[:4000] + b"\n")
+        os.write(stderr, f"{words}\n".encode())
     finally:
         os._exit(127)
+
+
+def _die_with(keeper: int) -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have died before the kernel was told. Its pid would not say: in a PID namespace, a parent has none.
+    poll = select.poll()
+    poll.register(keeper, select.POLLIN)
+    if poll.poll(0):
+        os._exit(127)
+
+
+def _join(cgroup: Path) -> None:
+    fd = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"0")
+    finally:
+        os.close(fd)
+
+
+def _enter(jail: jails.Jail, says: int) -> None:
+    try:
+        jails.enter(jail)
+    except OSError as error:
+        if jail.required:
+            raise OSError(error.errno, f"no jail: {error.strerror}", error.filename) from error
+        os.chdir("/")
+        os.write(says, _UNJAILED + f"{error}".replace("\n", " ").encode()[:1000] + b"\n")
 
 
 def _dup_above(fd: int, lowest: int) -> int:

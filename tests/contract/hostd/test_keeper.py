@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from mvm.core.errors import Conflict, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd import keeper
 from mvm.hostd.bounded_log import LOG_BYTES
+from mvm.hostd.jail import Jail
 from mvm.hostd.recovery import read_exit
 from mvm.linux.pidfd import is_alive
 
@@ -36,13 +36,23 @@ def runtime(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def start(runtime: Path) -> Start:
     def run(
-        script: str, fds: dict[int, int] | None = None, argv: Sequence[str] | None = None
+        script: str,
+        fds: dict[int, int] | None = None,
+        argv: Sequence[str] | None = None,
+        jail: Jail | None = None,
+        cgroup: Path | None = None,
     ) -> tuple[ProcessIdentity, ProcessIdentity]:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             return keeper.launch(
                 keeper.Program(
-                    argv or ["/bin/sh", "-c", script], {4: theirs.fileno(), **(fds or {})}, UID, UID, ()
+                    argv or ["/bin/sh", "-c", script],
+                    {4: theirs.fileno(), **(fds or {})},
+                    UID,
+                    UID,
+                    (),
+                    jail=jail,
+                    cgroup=cgroup,
                 ),
                 runtime=runtime,
                 console=ours,
@@ -68,8 +78,9 @@ def test_it_writes_down_how_the_vmm_ended(runtime: Path, start: Start, script: s
 
 @pytest.mark.req("L3")
 def test_a_program_that_is_not_there_is_an_error_with_its_words(runtime: Path, start: Start) -> None:
-    with suppress(VmmError):  # or it was seen before it failed; then its end says the same
+    with pytest.raises(VmmError) as caught:
         start("", argv=["/no/such/vmm"])
+    assert "/no/such/vmm: [Errno 2]" in caught.value.details
     assert keeper.await_end(runtime)
     assert read_exit(runtime) == 127 << 8
     assert "/no/such/vmm" in (runtime / "logs" / "vmm.log").read_text()
@@ -117,7 +128,7 @@ def test_a_place_is_taken_until_both_are_gone(runtime: Path, start: Start) -> No
     assert keeper.end_leftovers(runtime)
     assert keeper.anything_left(runtime) is None
     assert not keeper.end_leftovers(runtime)
-    start("exit 0")
+    start("exec sleep 100")
 
 
 @pytest.mark.req("L3")
