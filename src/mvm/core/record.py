@@ -9,11 +9,14 @@ A record is a value; the functions here return the next one and the caller persi
 
 so a record that holds an intent was interrupted and must be recovered (`mvm.core.lifecycle.settle`, then
 `end`) before anything else is done with the instance. `generation` goes up by one with every one of these,
-which makes two copies of a record comparable. Host objects (mounts, cgroups, devices) are in the ledger of
-the process that makes them, not here. Times are nanoseconds since 1970 and come from the caller.
+which makes two copies of a record comparable. The record is the instance's entry in the ledger as well: `holds`
+is all that the host may have of it (`mvm.core.ledger`), set by `begin` of a step that makes such things and
+cleared with the change to a state that has none, so writing it down costs nothing. Times are nanoseconds since 1970
+and come from the caller.
 
 Rules, checked on every decode: `sleeping` has a snapshot, `created`, `stopped` and `destroyed` have none;
-addresses and names are the ones that index and slot give; an intent is one the table knows for this state.
+addresses and names are the ones that index and slot give; an intent is one the table knows for this state; what
+neither runs nor is in the middle of anything holds nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from mvm.core import addressing, codec, limits
+from mvm.core import addressing, codec, ledger, limits
 from mvm.core.errors import Conflict, InvalidInput
 from mvm.core.ids import InstanceId, RevisionId, SnapshotId
 from mvm.core.lifecycle import TRANSITIONS, Action, Intent, State, Step
@@ -106,6 +109,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: SnapshotRef | None = None
     fingerprint: Fingerprint | None = None  # of the running VMM, or of the snapshot
     last_receipt: Receipt | None = None
+    holds: ledger.Holds = ()
     last_error: Annotated[str, Meta(max_length=limits.MESSAGE_MAX)] = ""
     schema: Annotated[int, Meta(ge=SCHEMA, le=SCHEMA)] = SCHEMA
 
@@ -133,7 +137,14 @@ def begin(
             resolution="Read the record again and plan from what it says.",
         )
     pending = Pending(action=step.action, intent=step.intent, started_ns=now_ns, snapshot=snapshot)
+    if step.success is State.RUNNING:
+        return _next(record, pending=pending, holds=entitled(record))
     return _next(record, pending=pending)
+
+
+def entitled(record: InstanceRecord) -> ledger.Holds:
+    """What the host may have of this instance while it has a VM."""
+    return ledger.entitled(record.id, bridge=record.network.bridge, tap=record.network.tap)
 
 
 def commit(record: InstanceRecord) -> InstanceRecord:
@@ -200,6 +211,7 @@ def end(record: InstanceRecord, state: State, *, now_ns: int, error: str = "") -
             changed_ns=now_ns,
             pending=None,
             process=record.process if running else None,
+            holds=(record.holds or entitled(record)) if running else (),
             snapshot=record.snapshot if running or state is State.SLEEPING else None,
             fingerprint=record.fingerprint if running or state is State.SLEEPING else None,
             last_error=error[: limits.MESSAGE_MAX],
@@ -278,6 +290,8 @@ def _consistent(record: InstanceRecord) -> InstanceRecord:
         problem = f"field `snapshot`: an instance that is {record.state} has none"
     elif record.state is State.RUNNING and record.process is None:
         problem = "field `process`: a running instance has one"
+    elif record.state is not State.RUNNING and record.pending is None and record.holds:
+        problem = f"field `holds`: an instance that is {record.state} holds nothing"
     elif record.pending is not None:
         rule = TRANSITIONS[(record.state, record.pending.action)]
         if not isinstance(rule, Step) or rule.intent is not record.pending.intent:

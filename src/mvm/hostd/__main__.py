@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvm.core.errors import MissingPrerequisite, MvmError, Refused
-from mvm.hostd import confine, net_policy, settings
+from mvm.hostd import confine, ledger, settings
 from mvm.hostd.daemon_host import DaemonHost
 from mvm.hostd.keys.development import DevelopmentKeyProvider
 from mvm.hostd.log import Log
@@ -78,7 +78,7 @@ def serve(
             "confined", capabilities=" ".join(sorted(held.effective)), no_new_privs=held.no_new_privs,
             seccomp=held.seccomp,
         )  # fmt: skip
-        _sweep_policy(store, log)
+        ledger.recover_node(store, log)
         keys = DevelopmentKeyProvider(root)
         service = Service(store, DaemonHost(store, keys, driver), chosen.limits, driver.name)
         server = Server(listener, service, gid=gid, operations=chosen.operations, log=log, notifier=notifier)
@@ -88,14 +88,6 @@ def serve(
         notifier.tell(f"STATUS={error.brief}")
         return error.exit_code
     return 0
-
-
-def _sweep_policy(store: Store, log: Log) -> None:
-    """Rules of instances of which nothing else is left: no instance's recovery would come by them."""
-    try:
-        net_policy.refresh(store)
-    except MvmError as error:  # it says so again, and refuses, when an instance is to run
-        log.warning("network policy not refreshed", error=error.brief)
 
 
 def _standard_input() -> None:

@@ -31,6 +31,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_PROTINFO, IFLA_LINKINFO = 1, 3, 10,
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 IFLA_BRPORT_ISOLATED = 33
+IFLA_CARRIER = 33
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFF_UP = 0x1
 _NESTED = 0x8000
@@ -112,7 +113,7 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 class LinkInfo(NamedTuple):
     """`master`: ifindex of the bridge it is a port of, or 0. `kind`: as in `ip link add type`, "" for
-    hardware."""
+    hardware. `carrier`: of a tap, that some process has it open."""
 
     ifindex: int
     name: str
@@ -120,6 +121,7 @@ class LinkInfo(NamedTuple):
     master: int
     up: bool
     mac: bytes
+    carrier: bool = False
 
 
 class AddressInfo(NamedTuple):
@@ -139,6 +141,7 @@ def parse_link(body: bytes) -> LinkInfo:
         master=int.from_bytes(found.get(IFLA_MASTER, b""), sys.byteorder),
         up=bool(flags & IFF_UP),
         mac=found.get(IFLA_ADDRESS, b""),
+        carrier=found.get(IFLA_CARRIER, b"\0")[:1] != b"\0",
     )
 
 

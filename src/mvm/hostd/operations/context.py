@@ -32,7 +32,7 @@ _REAP_S = 2.0
 _ASK_AGAIN_S = 5.0
 _RETRY_S = 0.01
 # Names in the runtime directory that outlive a VM: what a person reads afterwards.
-_KEPT = frozenset({"logs", "metrics", "fc.final.json"})
+KEPT = frozenset({"logs", "metrics", "fc.final.json"})
 
 
 class Context:
@@ -175,7 +175,7 @@ class Context:
         if not self.paths.runtime.is_dir():
             return
         for name in os.listdir(self.paths.runtime):
-            if name not in _KEPT:
+            if name not in KEPT:
                 os.unlink(self.paths.runtime / name)
 
     def settle_host(self, end: State) -> None:
