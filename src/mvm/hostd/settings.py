@@ -2,6 +2,7 @@
 
     /etc/mvm/hostd.toml
 
+    mode = "baseline"        # or "development", which is what it is without this line: see `mvm bootstrap`
     group = "mvm"            # besides root, members of this group may connect
     operations = 8           # running at once; more are refused as Busy
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -42,6 +43,9 @@ class HostLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`mode`: in baseline, no instance starts without what a production host must have."""
+
+    mode: Literal["development", "baseline"] = "development"
     group: Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z_][a-z0-9_-]*\Z")] = "mvm"
     operations: Annotated[int, Meta(ge=1, le=64)] = 8
     limits: HostLimits = HostLimits()
