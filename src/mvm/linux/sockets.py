@@ -100,6 +100,32 @@ def connect_unix(path: Path, timeout: float) -> socket.socket:
     return client
 
 
+def connect_owned(path: Path, uid: int, timeout: float) -> socket.socket:
+    """Like `connect_unix`, for a directory that `uid` can write to: only to a socket that is there and is `uid`'s.
+
+    A name in such a directory may become a symbolic link to any socket of the host at any moment. So what is there is
+    opened first, without following a link, looked at, and connected to by its descriptor. IntegrityError for what it
+    is not.
+    """
+    found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        seen = os.fstat(found)
+        if not stat.S_ISSOCK(seen.st_mode) or seen.st_uid != uid:
+            raise IntegrityError(
+                f"{path} is not the socket that was made there",
+                details=f"mode {seen.st_mode:o}, owner {seen.st_uid}, expected {uid}",
+            )
+        client.settimeout(timeout)
+        client.connect(f"/proc/self/fd/{found}")
+    except BaseException:
+        client.close()
+        raise
+    finally:
+        os.close(found)
+    return client
+
+
 def peer(sock: socket.socket) -> PeerCredentials:
     """The kernel's word on who is at the other end."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
