@@ -1,7 +1,7 @@
 """From a plan to a machine: open everything a VMM is started with, and close it again afterwards.
 
-What is opened here is handed to the VMM as descriptors and closed on our side; the tap, the passphrase and the secrets
-then live exactly as long as the VMM does.
+What is opened here is handed to the VMM as descriptors and closed on our side; the tap, the opened data disk and the
+secrets then live exactly as long as the VMM does.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def assemble(
 
         if cold and not paths.data_disk.exists():
             volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
-        key_fd = owned(volume.open_key(paths.data_disk, keys, plan.instance))
+        data = opened.enter_context(volume.attach(paths.data_disk, keys, plan.instance))
         tenant = plan.instance.tenant
         secrets = secrets_store.load(store.tenant_dir(tenant) / secrets_store.STORE_NAME, keys, tenant)
         try:
@@ -129,7 +129,7 @@ def assemble(
             boot_args=_final_config(paths, plan, folder),
             drives=(
                 Drive("rootfs", str(folder / ROOTFS), read_only=True),
-                Drive("data", str(paths.data_disk), read_only=False, key_fd=key_fd),
+                Drive("data", data.path, read_only=False, key_fd=data.key_fd, device=data.device),
                 Drive("secrets", f"/proc/self/fd/{secrets_fd}", read_only=True),
             ),
             nic=Nic(net.mac, tap),

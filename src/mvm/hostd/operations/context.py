@@ -16,7 +16,7 @@ from mvm.hostd import keeper, sealing
 from mvm.hostd.bounded_log import tail
 from mvm.hostd.guest_channel import GuestChannel, GuestRefusal, WakeReport, connect, lock_path, socket_path
 from mvm.hostd.keys import KeyProvider
-from mvm.hostd.resources import network
+from mvm.hostd.resources import network, volume
 from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import Store
 from mvm.hostd.vmm.driver import Driver, Vm
@@ -167,7 +167,8 @@ class Context:
         keeper.end_leftovers(self.paths.runtime, grace_s=0.0 if identity is None else _REAP_S)
 
     def release(self) -> None:
-        """Remove what an ended VM leaves: sockets, locks, mounts. Logs and metrics stay."""
+        """Remove what an ended VM leaves: sockets, locks, mounts; its data disk is locked. Logs and metrics stay."""
+        volume.lock(self.paths.data_disk, self.id)
         # Only where mvm mounts anything: an operator may have put the volumes or snapshots on another disk.
         for folder in (self.paths.runtime, self.paths.jail):
             for point in mounts_below(folder):

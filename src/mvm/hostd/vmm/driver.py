@@ -44,12 +44,14 @@ class Drive(msgspec.Struct, frozen=True):
     """A block device, in guest order (vda, vdb, ...). `path` is opened by us, not by the VMM's uid.
 
     `key_fd`: a descriptor whose content is the LUKS passphrase, where the file is a LUKS volume the VMM itself unlocks.
+    `device`: it is a block device.
     """
 
     id: str
     path: str
     read_only: bool
     key_fd: int | None = None
+    device: bool = False
 
 
 class Nic(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mvm.hostd.vmm.driver import CHANNELS, Machine
+from mvm.hostd.vmm.driver import CHANNELS, Drive, Machine
 
 QMP_FD, CONSOLE_FD, MEMORY_FD, TAP_FD, KERNEL_FD, INITRD_FD = 3, 4, 5, 6, 8, 9  # 7 is the keeper's
 CHANNEL_FD, DRIVE_FD, KEY_FD = 10, 20, 40
@@ -67,7 +67,7 @@ def command(qemu: str, machine: Machine, accel: str, *, extra: str = "", restore
         argv += ["-chardev", f"socket,id=ch{n},fd={CHANNEL_FD + n},server=on,wait=off"]
         argv += ["-device", f"virtserialport,chardev=ch{n},name=mvm.{n},nr={n + 1}"]
     for n, drive in enumerate(machine.drives):
-        argv += _drive(n, drive.id, drive.read_only, drive.key_fd is not None)
+        argv += _drive(n, drive)
     if machine.nic is not None:
         argv += ["-netdev", f"tap,id=net0,fd={TAP_FD}"]
         argv += ["-device", f"virtio-net-device,netdev=net0,mac={machine.nic.mac}"]
@@ -91,11 +91,12 @@ def _memory(machine: Machine, restored: bool) -> str:
     return f"memory-backend-ram,{common}"
 
 
-def _drive(n: int, name: str, read_only: bool, encrypted: bool) -> Sequence[str]:
-    access = "on" if read_only else "off"
+def _drive(n: int, drive: Drive) -> Sequence[str]:
+    name, access = drive.id, "on" if drive.read_only else "off"
     argv = ["-add-fd", f"fd={DRIVE_FD + n},set={n + 1}"]
-    file = f"file.driver=file,file.filename=/dev/fdset/{n + 1}"
-    if encrypted:
+    # Each protocol driver refuses the other's kind of file.
+    file = f"file.driver={'host_device' if drive.device else 'file'},file.filename=/dev/fdset/{n + 1}"
+    if drive.key_fd is not None:
         # The object file is read at start-up through its descriptor; the passphrase is in no argument.
         argv += ["-object", f"secret,id=key{n},file=/proc/self/fd/{KEY_FD + n}"]
         argv += ["-blockdev", f"driver=luks,node-name={name},read-only={access},key-secret=key{n},{file}"]
