@@ -255,7 +255,7 @@ def test_a_session_through_the_daemon(world: DaemonWorld) -> None:
     plan = world.plan()
     world.client.create_instance(plan)
     host = SocketHost(world.daemon.socket)
-    with host.channel(plan.instance) as channel:
+    with host.channel(plan.instance, Purpose.EXEC) as channel:
         assert channel.status().uptime_ms > 0
         assert world.client.ping().channels == 1
     assert world.client.ping().channels == 0
@@ -268,7 +268,7 @@ def test_a_session_through_the_daemon(world: DaemonWorld) -> None:
     for one in opened:
         os.close(one.fd)
         one.release(clean=False)
-    with host.channel(plan.instance) as channel:
+    with host.channel(plan.instance, Purpose.EXEC) as channel:
         assert channel.status().uptime_ms > 0
 
 

@@ -21,6 +21,7 @@ from mvm.hostd import confine
 from mvm.linux import capabilities
 from mvm.linux.stream import UnixStream
 from mvm.standalone.remote import SocketHost
+from mvm.wire.hostd_api import Purpose
 from mvm.wire.hostd_client import HostdClient
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -62,7 +63,7 @@ def test_a_life_through_the_daemon(artifacts: Artifacts, tmp_path: Path) -> None
                 assert client.wake_instance(plan).state is State.RUNNING
                 assert world.count(plan, "through-the-daemon") >= before
                 out = bytearray()
-                with host.channel(plan.instance) as channel:
+                with host.channel(plan.instance, Purpose.EXEC) as channel:
                     assert channel.exec(["cat", "/proc/sys/kernel/hostname"], stdout=out.extend).code == 0
                 assert bytes(out).strip() == plan.instance.host_name.encode()
                 # The VM is nobody's child: it survives the daemon.

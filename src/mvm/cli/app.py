@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mvm.core.ids import TenantId
     from mvm.hostd.store import Store
     from mvm.standalone.facade import Standalone
+    from mvm.standalone.remote import MemberNode
+    from mvm.standalone.views import InstanceRow, PoolRow, TenantRow
 
 DEFAULT_ROOT = "/var/lib/mvm"
 """Also mvm.hostd.store.DEFAULT_ROOT, whose import `mvm --help` can do without; a test compares the two."""
@@ -44,14 +46,60 @@ class App:
             self._node = self._opener(self)
         return self._node
 
+    def by_daemon(self) -> bool:
+        """Whether this user sees the node through mvm-hostd: without root rights, where there is a daemon."""
+        if os.geteuid() == 0:
+            return False
+        from mvm.standalone.compose import daemon_socket
+
+        return daemon_socket(Path(self.root)) is not None
+
     def store(self) -> Store:
         """For reading only: nothing is made, root rights are not asked for."""
         from mvm.hostd.store import Store
-        from mvm.standalone.compose import daemon_socket
 
-        if os.geteuid() != 0 and daemon_socket(Path(self.root)) is not None:
-            return self.node().store  # what the daemon lets this user see
-        return Store(Path(self.root))
+        return self.node().store if self.by_daemon() else Store(Path(self.root))
+
+    # Rows of lists: from the documents, or from the daemon where they are not this user's to read.
+
+    def tenant_rows(self) -> Iterator[TenantRow]:
+        """Every tenant, in order."""
+        if (member := self._member()) is not None:
+            return member.tenant_rows()
+        from mvm.standalone import views
+
+        return views.list_tenants(self.root)
+
+    def instance_rows(self, tenant: TenantId | None) -> Iterator[InstanceRow]:
+        """The instances of one tenant, which must exist, or of all."""
+        if (member := self._member()) is not None:
+            return member.instance_rows(tenant)
+        from mvm.standalone import views
+
+        return views.list_instances(self.store(), self._names(tenant))
+
+    def pool_rows(self, tenant: TenantId | None) -> Iterator[PoolRow]:
+        """The pools of one tenant, which must exist, or of all."""
+        if (member := self._member()) is not None:
+            return member.pool_rows(tenant)
+        from mvm.standalone import views
+
+        return views.list_pools(self.store(), self._names(tenant))
+
+    def _names(self, tenant: TenantId | None) -> list[str]:
+        store = self.store()
+        if tenant is not None:
+            store.load_spec(tenant)
+            return [str(tenant)]
+        return [str(t) for t in store.tenants()]
+
+    def _member(self) -> MemberNode | None:
+        if not self.by_daemon():
+            return None
+        from mvm.standalone.remote import MemberNode
+
+        node = self.node()
+        return node if isinstance(node, MemberNode) else None
 
     def say(self, text: str) -> None:
         """A sentence for people; not part of JSON output."""
@@ -146,15 +194,6 @@ def tenant_names(root: str) -> list[str]:
             return sorted(e.name for e in entries if os.path.exists(f"{e.path}/spec.json"))
     except OSError:
         return []
-
-
-def tenant_list(app: App, tenant: TenantId | None) -> list[str]:
-    """The one tenant, which must exist, or all."""
-    store = app.store()
-    if tenant is not None:
-        store.load_spec(tenant)
-        return [str(tenant)]
-    return [str(t) for t in store.tenants()]
 
 
 def _open(app: App) -> Standalone:

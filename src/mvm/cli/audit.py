@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from mvm.cli.app import App, pass_app
 from mvm.cli.base import LazyGroup, command
 from mvm.cli.params import optional_tenant
-from mvm.core.errors import IntegrityError, InvalidInput
+from mvm.core.errors import IntegrityError
 from mvm.core.ids import TenantId
 
 group = LazyGroup(
@@ -30,7 +28,7 @@ def verify(app: App, tenant: TenantId | None) -> None:
     """
     node = app.node()
     failures = []
-    tenants = [tenant] if tenant is not None else with_log(node.store.tenants_dir)
+    tenants = [tenant] if tenant is not None else node.audited()
     for name in tenants:
         try:
             verified = node.verify_audit(name)
@@ -51,20 +49,3 @@ def verify(app: App, tenant: TenantId | None) -> None:
         )
     if not tenants:
         app.say("There is no audit log yet.")
-
-
-def with_log(tenants_dir: os.PathLike[str]) -> list[TenantId]:
-    """Every tenant, present or past, that has a log or the head of one."""
-    try:
-        names = sorted(os.listdir(tenants_dir))
-    except FileNotFoundError:
-        return []
-    found = []
-    for name in names:
-        base = os.path.join(tenants_dir, name)
-        if os.path.exists(f"{base}/audit.log") or os.path.exists(f"{base}/audit.head"):
-            try:
-                found.append(TenantId.parse(name))
-            except InvalidInput:
-                continue
-    return found

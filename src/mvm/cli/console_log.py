@@ -1,96 +1,46 @@
-"""Reading an instance's console log while it is written and rotated: console.log, and console.log.1 before it.
+"""Showing an instance's console log: all of it or its end, then what is added, in pieces from whoever can read it.
 
-The keeper renames console.log to console.log.1 at a fixed size and begins a new one. A follower keeps the file it
-has open until that is read to its end, so nothing is lost to one rotation between two looks. What a guest writes
-is hostile: `visible` makes it safe for a terminal.
+Root reads the files; a member of mvm-hostd's group is read to. What a guest writes is hostile: `visible` makes it
+safe for a terminal.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mvm.wire.hostd_api import ConsoleAnswer, ConsolePlace
+
+    Read = Callable[[int | None, ConsolePlace | None], ConsoleAnswer]
+    """As `mvm.hostd.console.read_console`, of one log."""
 
 POLL_S = 0.2
-_CHUNK = 1 << 16
 _LINE_MAX = 1 << 16
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class ConsoleLog:
-    """`path`: console.log; it need not exist yet. Owns a descriptor from `tail` to the end of `follow`."""
+    """Remembers the place up to which it has read."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = -1
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._place: ConsolePlace | None = None
 
     def tail(self, lines: int | None) -> Iterator[bytes]:
         """The last `lines` lines, or all that is kept, in pieces. `follow` goes on where this ends."""
-        self._fd = _opened(self._path)
-        if lines == 0:
-            if self._fd >= 0:
-                os.lseek(self._fd, 0, os.SEEK_END)
-            return
-        older = _all_of(self._path.with_name(self._path.name + ".1"))
-        newer = b"".join(self._rest())
-        text = older + newer
-        if lines is not None:
-            text = _last_lines(text, lines)
-        for at in range(0, len(text), _CHUNK):
-            yield text[at : at + _CHUNK]
+        more = True
+        while more:
+            answer = self._read(lines, self._place)
+            self._place, more = answer.place, answer.more
+            if answer.data:
+                yield answer.data
 
     def follow(self, wait: float = POLL_S) -> Iterator[bytes]:
         """What is added, as it comes, for as long as the caller goes on asking."""
         while True:
-            yield from self._rest()
-            if self._rotated():
-                # Written between our last read and the rename.
-                yield from self._rest()
-                if self._fd >= 0:
-                    os.close(self._fd)
-                self._fd = _opened(self._path)
-                if self._fd >= 0:
-                    continue
+            yield from self.tail(0)
             time.sleep(wait)
-
-    def _rest(self) -> Iterator[bytes]:
-        while self._fd >= 0 and (chunk := os.read(self._fd, _CHUNK)):
-            yield chunk
-
-    def _rotated(self) -> bool:
-        try:
-            found = os.stat(self._path, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        if self._fd < 0:
-            return True
-        mine = os.fstat(self._fd)
-        return (mine.st_ino, mine.st_dev) != (found.st_ino, found.st_dev)
-
-
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, _READ)
-    except FileNotFoundError:
-        return -1
-
-
-def _all_of(path: Path) -> bytes:
-    fd = _opened(path)
-    if fd < 0:
-        return b""
-    with open(fd, "rb") as file:
-        return file.read()
-
-
-def _last_lines(text: bytes, count: int) -> bytes:
-    at = len(text) - 1 if text.endswith(b"\n") else len(text)
-    for _ in range(count):
-        at = text.rfind(b"\n", 0, at)
-        if at < 0:
-            return text
-    return text[at + 1 :]
 
 
 class LineSplitter:

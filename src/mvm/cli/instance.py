@@ -36,11 +36,9 @@ group = LazyGroup(
 @pass_app
 def list_(app: App, tenant: TenantId | None) -> None:
     """List the instances of a tenant, or all, with what was last recorded of them."""
-    from mvm.cli.app import tenant_list
     from mvm.cli.tenant_show import ago
-    from mvm.standalone import views
 
-    rows = views.list_instances(app.store(), tenant_list(app, tenant))
+    rows = app.instance_rows(tenant)
     if app.json:
         for row in rows:
             app.answer(row)

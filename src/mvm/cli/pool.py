@@ -124,10 +124,7 @@ def scale(
 @pass_app
 def list_(app: App, tenant: TenantId | None) -> None:
     """List the pools of a tenant, or all."""
-    from mvm.cli.app import tenant_list
-    from mvm.standalone import views
-
-    rows = views.list_pools(app.store(), tenant_list(app, tenant))
+    rows = app.pool_rows(tenant)
     if app.json:
         for row in rows:
             app.answer(row)
@@ -151,16 +148,9 @@ def list_(app: App, tenant: TenantId | None) -> None:
 @pass_app
 def show(app: App, tenant: TenantId, pool: PoolId) -> None:
     """Show one pool with its instances, as last recorded."""
-    from mvm.standalone import views
-
-    store = app.store()
-    store.load_spec(tenant).pool(pool)
-    row = next(r for r in views.list_pools(store, [tenant]) if r.pool == pool)
-    there = [
-        r
-        for r in views.list_instances(store, [tenant])
-        if r.instance.rpartition("-")[0] == f"{tenant}/{pool}"
-    ]
+    app.store().load_spec(tenant).pool(pool)
+    row = next(r for r in app.pool_rows(tenant) if r.pool == pool)
+    there = [r for r in app.instance_rows(tenant) if r.instance.rpartition("-")[0] == f"{tenant}/{pool}"]
     if app.json:
         app.answer({"pool": row, "instances": there})
         return

@@ -228,18 +228,17 @@ def _copied(app: App, instance: InstanceId, report: CopyReport) -> None:
 def logs(app: App, instance: InstanceId, *, follow: bool, lines: int | None, raw: bool) -> None:
     from mvm.cli import console_log
 
-    store = app.store()
-    store.load_record(instance)
-    reader = console_log.ConsoleLog(store.instance_paths(instance).console_log)
-    show = _line_writer(app, instance, raw)
-    for chunk in reader.tail(lines):
-        show(chunk)
-    if follow:
-        sys.stdout.flush()
-        for chunk in reader.follow():
+    with app.node().console(instance) as read:
+        log = console_log.ConsoleLog(read)
+        show = _line_writer(app, instance, raw)
+        for chunk in log.tail(lines):
             show(chunk)
+        if follow:
             sys.stdout.flush()
-    show(b"")
+            for chunk in log.follow():
+                show(chunk)
+                sys.stdout.flush()
+        show(b"")
 
 
 def _line_writer(app: App, instance: InstanceId, raw: bool) -> Callable[[bytes], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mvm.cli.app import App, pass_app
 from mvm.cli.base import command
-from mvm.standalone import views
 
 _HEADERS = ("TENANT", "STATE", "INSTANCES", "PROFILE", "CPUS", "MEM", "IP")
 
@@ -16,7 +15,7 @@ def list_(app: App) -> None:
 
     A machine that died since the last command still shows as running; `mvm tenant show` looks.
     """
-    rows = views.list_tenants(app.root)
+    rows = app.tenant_rows()
     if app.json:
         for row in rows:
             app.answer(row)

@@ -123,18 +123,29 @@ def check_capacity(
         )
 
 
-def all_instances(store: Store) -> list[InstanceId]:
-    """Every instance with a record, of tenants that are being destroyed too."""
-    found: list[InstanceId] = []
+def tenant_names(store: Store) -> list[TenantId]:
+    """Every tenant with a directory, in order: those that are being destroyed, or were, too."""
     try:
         names = sorted(os.listdir(store.tenants_dir))
     except FileNotFoundError:
-        return found
+        return []
+    found = []
     for name in names:
         try:
-            found += store.instances(TenantId.parse(name))
-        except (MvmError, NotADirectoryError):
+            found.append(TenantId.parse(name))
+        except MvmError:
             continue  # not a name we give; `doctor` says so
+    return found
+
+
+def all_instances(store: Store) -> list[InstanceId]:
+    """Every instance with a record, of tenants that are being destroyed too."""
+    found: list[InstanceId] = []
+    for tenant in tenant_names(store):
+        try:
+            found += store.instances(tenant)
+        except (MvmError, NotADirectoryError):
+            continue
     return found
 
 

@@ -1,7 +1,8 @@
 """One client of the daemon: its bytes in and out, and how long it may be silent or slow.
 
-States: reading a request -> (an operation runs, or an answer is queued) -> reading the next. While an operation runs no
-further bytes are read. With a guest channel open the only request is `close_channel`, and silence is no fault.
+States: reading a request -> (an operation runs, or an answer is queued) -> reading the next. While an operation runs or
+an answer waits to be taken, no further bytes are read. With a guest channel open the only request is `close_channel`,
+and silence is no fault.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mvm.wire.hostd_api import MAX_ANSWER, MAX_REQUEST
 from mvm.wire.hostd_frames import FrameReader, frame
 
 if TYPE_CHECKING:
+    from mvm.core.ids import InstanceId
     from mvm.hostd.job import Job
 
 IDLE_S = 30.0
@@ -41,6 +43,8 @@ class Connection:
         self.peer = peer
         self.job: Job | None = None
         self.lease: PortLease | None = None
+        self.console: InstanceId | None = None
+        """Whose console log it reads; said in the audit log already."""
         self.closing = False
         """Close as soon as what is queued has been sent."""
         self._reader = FrameReader(MAX_REQUEST)
@@ -57,7 +61,8 @@ class Connection:
 
     @property
     def wants_read(self) -> bool:
-        return not self.closing
+        """Not while an answer waits: its next request stays with the kernel, and costs us nothing."""
+        return not self.closing and not self._out
 
     @property
     def deadline(self) -> float | None:

@@ -45,9 +45,9 @@ def errand(
         error = raised
     except Ended:
         error = Busy(
-            f"{job.verb} on {job.instance} was ended",
+            f"{job.what} was ended",
             details="It took too long, or mvm-hostd is stopping. What it had begun was undone or finished.",
-            resolution="Look at the instance, then try again.",
+            resolution="Look at the instance, then try again." if job.instance else "Try again.",
         )
     except BaseException as defect:
         trace = "".join(traceback.format_exception(defect, limit=-6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from mvm.core import record as records
 from mvm.core.errors import Conflict, NotFound
@@ -26,6 +27,9 @@ from mvm.hostd.store import LOCK_WAIT_S, Store
 from mvm.hostd.vmm.driver import Driver
 from mvm.linux.files import locked
 from mvm.wire.executor import Progress, no_progress
+
+if TYPE_CHECKING:
+    from mvm.wire.hostd_api import Purpose
 
 
 def no_fault(step: str) -> None:
@@ -97,8 +101,11 @@ class Host:
             return context.record
 
     @contextmanager
-    def channel(self, instance: InstanceId) -> Iterator[GuestChannel]:
-        """A session with the guest of a running instance. Conflict if it does not run, Busy if all ports are taken."""
+    def channel(self, instance: InstanceId, purpose: Purpose, program: str = "") -> Iterator[GuestChannel]:
+        """A session with the guest of a running instance. Conflict if it does not run, Busy if all ports are taken.
+
+        What it is for is the caller's to audit: it has the rights for that, or could not be in this process.
+        """
         record = self.inspect_instance(instance)
         if record.state is not State.RUNNING:
             verb = Action.WAKE if record.state is State.SLEEPING else Action.RUN

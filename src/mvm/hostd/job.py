@@ -39,13 +39,16 @@ class Ended(BaseException):
 
 
 class Job:
-    """A running child. The loop polls `pidfd` and `sock`, and calls `close` when the child has been reaped."""
+    """A running child. The loop polls `pidfd` and `sock`, and calls `close` when the child has been reaped.
+
+    `instance`: the one it acts on; None for what concerns the whole node.
+    """
 
     def __init__(
         self,
         *,
         verb: str,
-        instance: InstanceId,
+        instance: InstanceId | None,
         plan: InstancePlan | None,
         peer: PeerCredentials,
         connection: Connection | None,
@@ -63,6 +66,11 @@ class Job:
         self.pid = 0
         self.pidfd = -1
         self.sock: socket.socket | None = None
+
+    @property
+    def what(self) -> str:
+        """For people: `stop_instance on acme/default-0`."""
+        return self.verb if self.instance is None else f"{self.verb} on {self.instance}"
 
     def start(self, body: Callable[[Callable[[bytes], None]], None], leave_loop: Callable[[], None]) -> None:
         """Fork. `body(tell)` runs in the child, which has no descriptor of the loop's but standard error."""

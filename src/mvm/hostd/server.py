@@ -7,6 +7,8 @@ Rules:
   are read there, and sessions of others than root are audited there.
 - A request is answered exactly once. Its verb comes from the table or it is refused.
 - A client that goes away does not end its operation. Two operations on one instance are serialised by its lock.
+- A client gets its next answer when it has taken the one before, so that no more than one waits in memory for each.
+- No user but root can take all connections, all operations, or fill a log that others need (`mvm.hostd.fairness`).
 - Refusals are logged with the peer's ids. Nothing of a payload is logged but ids that were parsed.
 - At the start every instance is recovered, as jobs like any other; READY is told to systemd when all have been.
 - SIGTERM: no new connections, no new operations; those in progress get DRAIN_S, then SIGTERM, then SIGKILL. VMs stay.
@@ -29,6 +31,7 @@ from mvm.core.ids import InstanceId
 from mvm.hostd.admission import all_instances, check_peer
 from mvm.hostd.connection import Connection, Gone
 from mvm.hostd.errand import errand, internal
+from mvm.hostd.fairness import Allowance
 from mvm.hostd.job import Job
 from mvm.hostd.log import Log
 from mvm.hostd.service import Service
@@ -40,11 +43,13 @@ from mvm.wire.hostd_api import (
     ChannelAnswer,
     ChannelRequest,
     CloseRequest,
+    ConsoleRequest,
     InstanceRequest,
     ListRequest,
     Nothing,
     PlanRequest,
     TenantRequest,
+    TenantsRequest,
     Verb,
     Where,
 )
@@ -54,7 +59,15 @@ DRAIN_S = 60.0
 CONNECTIONS = 512
 """Of which the last RESERVED are for root: a group cannot lock the operator out."""
 RESERVED = 32
+CONNECTIONS_PER_USER = 240
+"""Of anybody but root: one member cannot lock the others out."""
+OPERATIONS_RESERVED = 1
+"""Of the operations at once, where there are more than that: root's. Recovery has its own."""
 WAITING_PER_INSTANCE = 4
+AUDITED_AT_ONCE, AUDITED_PER_S = 200, 20.0
+"""Requests of one user that are written into an audit log, which nobody cuts."""
+LINES_AT_ONCE, LINES_PER_S = 50, 5.0
+"""Lines about one user's requests that were refused."""
 _ROOT = PeerCredentials(0, 0, 0)
 _RECOVER = VERBS["inspect_instance"]
 
@@ -87,6 +100,8 @@ class Server:
         self._stopping = False
         self._woken, self._waker = socket.socketpair()
         self._drain_until = 0.0
+        self._audited = Allowance(AUDITED_AT_ONCE, AUDITED_PER_S)
+        self._lines = Allowance(LINES_AT_ONCE, LINES_PER_S)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -163,7 +178,7 @@ class Server:
         now = time.monotonic()
         for connection in list(self._connections.values()):
             if connection.deadline is not None and connection.deadline <= now:
-                self._log.warning("client too slow", uid=connection.peer.uid, pid=connection.peer.pid)
+                self._complain("client too slow", connection.peer)
                 self._drop(connection)
         for job in list(self._jobs.values()):
             if job.deadline <= now:
@@ -191,15 +206,14 @@ class Server:
         connection = Connection(sock, who)
         try:
             check_peer(who, peer_groups(sock), self._gid)
-            room = CONNECTIONS if who.uid == 0 else CONNECTIONS - RESERVED
-            if len(self._connections) >= room:
+            if not self._has_room(who):
                 raise ResourceExhausted(
                     "mvm-hostd has too many connections",
                     details=f"{len(self._connections)} are open.",
                     resolution="Wait until other commands have ended, then try again.",
                 )
         except MvmError as error:
-            self._log.warning("refused", uid=who.uid, gid=who.gid, pid=who.pid, error=error.brief)
+            self._complain("refused", who, gid=who.gid, error=error.brief)
             try:
                 connection.queue(encode_error(error))
             except Gone:
@@ -208,6 +222,18 @@ class Server:
             return
         self._connections[sock.fileno()] = connection
         self._watch(sock.fileno(), select.POLLIN, lambda events: self._serve(connection, events))
+
+    def _has_room(self, who: PeerCredentials) -> bool:
+        if who.uid == 0:
+            return len(self._connections) < CONNECTIONS
+        theirs = sum(1 for other in self._connections.values() if other.peer.uid == who.uid)
+        return len(self._connections) < CONNECTIONS - RESERVED and theirs < CONNECTIONS_PER_USER
+
+    def _complain(self, event: str, who: PeerCredentials, **fields: object) -> None:
+        """A line about what a client did wrong, if there have not been too many of its user's."""
+        if self._lines.take(who.uid):
+            kept_back = self._lines.kept_back(who.uid) or None
+            self._log.warning(event, uid=who.uid, pid=who.pid, **fields, lines_kept_back=kept_back)
 
     def _serve(self, connection: Connection, events: int) -> None:
         try:
@@ -247,7 +273,7 @@ class Server:
     def _refuse(self, connection: Connection, error: MvmError) -> None:
         """For bytes that are no request: say so and hang up, for what follows cannot be trusted to begin anywhere."""
         who = connection.peer
-        self._log.warning("malformed", uid=who.uid, pid=who.pid, error=error.brief, details=error.details)
+        self._complain("malformed", who, error=error.brief, details=error.details)
         connection.closing = True
         self._reply(connection, encode_error(error))
 
@@ -262,7 +288,8 @@ class Server:
     def _request(self, connection: Connection, untrusted_body: bytes) -> None:
         if connection.closing:
             return
-        if connection.job is not None:
+        if connection.job is not None or connection.wants_write:
+            # Answers are larger than requests: who sends many and takes none would fill our memory with them.
             raise InvalidInput(
                 "a request came before the answer to the one before",
                 resolution="Send one at a time on a connection.",
@@ -272,23 +299,37 @@ class Server:
         who = connection.peer
         try:
             self._service.admit(request)
+            if self._service.is_audited(verb):
+                self._spend(who)
             if verb.where is Where.CHILD:
                 self._operate(connection, verb, request)
                 return
             answer = self._answer(connection, verb, request)
         except MvmError as error:
-            self._log.warning(
-                "refused", verb=verb.name, instance=_instance(request), uid=who.uid, pid=who.pid,
-                kind=error.kind, error=error.brief,
-            )  # fmt: skip
+            self._complain(
+                "refused",
+                who,
+                verb=verb.name,
+                instance=_instance(request),
+                kind=error.kind,
+                error=error.brief,
+            )
             self._reply(connection, encode_error(error))
             return
         except OSError as error:
-            self._log.error("failed", verb=verb.name, error=str(error))
+            self._complain("failed", who, verb=verb.name, error=str(error))
             self._reply(connection, encode_error(internal(error)))
             return
         if answer is not None:
             self._reply(connection, encode_answer(answer))
+
+    def _spend(self, who: PeerCredentials) -> None:
+        if not self._audited.take(who.uid):
+            raise Busy(
+                "you are asking for too much at once",
+                details=f"More than {AUDITED_PER_S:g} requests a second that go into an audit log.",
+                resolution="Wait a few seconds, then try again.",
+            )
 
     def _answer(self, connection: Connection, verb: Verb, request: Any) -> Any:
         """What the loop answers itself; None if it has been sent already."""
@@ -308,6 +349,10 @@ class Server:
             return service.list_instances(request)
         if isinstance(request, TenantRequest):
             return service.inspect_tenant(request)
+        if isinstance(request, TenantsRequest):
+            return service.list_tenants(request)
+        if isinstance(request, ConsoleRequest):
+            return self._read_console(connection, request)
         if verb.name == "ping":
             return service.describe(
                 operations=len(self._asked()),
@@ -315,6 +360,15 @@ class Server:
                 recovering=len(self._to_recover) + sum(1 for j in self._jobs.values() if j.verb == "recover"),
             )
         raise AssertionError(f"{verb.name} has no answer")
+
+    def _read_console(self, connection: Connection, request: ConsoleRequest) -> Any:
+        answer = self._service.read_console(request)
+        if connection.console != request.instance:
+            # Once for a reader, who keeps its connection while it follows; before anything of it is told.
+            self._spend(connection.peer)
+            self._service.note_console(request, connection.peer)
+            connection.console = request.instance
+        return answer
 
     def _open_channel(self, connection: Connection, request: ChannelRequest) -> None:
         who = connection.peer
@@ -325,8 +379,12 @@ class Server:
             raise
         with sock:
             connection.lease = lease
-            # Before the guest can be reached through it.
-            self._service.note_channel(request, who, None)
+            try:
+                # Before the guest can be reached through it.
+                self._service.note_channel(request, who, None)
+            except BaseException:
+                connection.give_back(clean=lease.was_clean)  # not a byte was sent
+                raise
             answer = ChannelAnswer(lease.port or 0, lease.was_clean)
             self._log.info(
                 "channel", instance=request.instance, purpose=request.purpose.value, uid=who.uid, pid=who.pid
@@ -341,17 +399,28 @@ class Server:
                 "this connection holds a guest's channel", resolution="Ask for anything else on another one."
             )
         instance = _instance(request)
-        assert instance is not None
         if self._stopping:
             raise Busy("mvm-hostd is stopping", resolution="Try again when it runs.")
         asked = self._asked()
-        if len(asked) >= self._operations:
+        room = self._operations
+        if connection.peer.uid != 0 and room > OPERATIONS_RESERVED:
+            room -= OPERATIONS_RESERVED
+        if len(asked) >= room:
             raise Busy(
                 "mvm-hostd is busy with other operations",
                 details=f"{len(asked)} are in progress, which is its limit.",
                 resolution="Try again in a moment.",
             )
-        if sum(1 for job in asked if job.instance == instance) >= WAITING_PER_INSTANCE:
+        if instance is None and any(job.instance is None for job in asked):
+            raise Busy(
+                "the network is being verified already",
+                details="One verification at a time looks at the whole node.",
+                resolution="Try again in a moment.",
+            )
+        if (
+            instance is not None
+            and sum(1 for job in asked if job.instance == instance) >= WAITING_PER_INSTANCE
+        ):
             raise Busy(
                 f"too many operations wait for {instance}",
                 details=f"{WAITING_PER_INSTANCE} are in progress or waiting.",
@@ -456,13 +525,15 @@ class Server:
             connection, job.connection = job.connection, None
             connection.job = None
             error = Busy(
-                f"{job.verb} on {job.instance} was ended before it was done",
+                f"{job.what} was ended before it was done",
                 details=how,
-                resolution="It is being recovered. Look at the instance, then try again.",
+                resolution="It is being recovered. Look at the instance, then try again."
+                if job.instance
+                else "Try again.",
             )
             self._reply(connection, encode_error(error))
             self._settle(connection)
-        if job.verb != "recover" and not self._stopping:
+        if job.instance is not None and job.verb != "recover" and not self._stopping:
             self._to_recover.append(job.instance)
 
     def _leave_loop(self) -> None:

@@ -20,7 +20,8 @@ from mvm.core.errors import Busy, Conflict, InvalidInput, MvmError, NotFound, Re
 from mvm.core.ids import InstanceId, NodeId
 from mvm.core.plan import InstancePlan
 from mvm.core.record import InstanceRecord
-from mvm.hostd.admission import all_instances, check_capacity, check_exists, check_limits, check_syntax
+from mvm.hostd.admission import check_capacity, check_exists, check_limits, check_syntax, tenant_names
+from mvm.hostd.console import read_console
 from mvm.hostd.daemon_host import DaemonHost
 from mvm.hostd.resources import audit
 from mvm.hostd.settings import HostLimits
@@ -28,21 +29,32 @@ from mvm.hostd.store import Store
 from mvm.linux.sockets import PeerCredentials
 from mvm.wire.executor import Progress
 from mvm.wire.hostd_api import (
+    FINDINGS,
     LIST_ROWS,
+    TENANT_ROWS,
     ChannelRequest,
+    ConsoleAnswer,
+    ConsoleRequest,
     InstanceLine,
     ListAnswer,
     ListRequest,
+    NetworkAnswer,
+    NetworkFinding,
     NodeAnswer,
     Nothing,
     PlanRequest,
     RecordAnswer,
     TenantAnswer,
+    TenantLine,
     TenantRequest,
+    TenantsAnswer,
+    TenantsRequest,
     Verb,
 )
 
 _REFUSALS = (Refused, Conflict, InvalidInput, NotFound, Busy)
+_FINDING_BYTES = 128 * 1024
+"""What goes through an operation's socket in one message, with room for JSON's escapes."""
 _AUDITED = {
     "create_instance": "instance.run",
     "wake_instance": "instance.wake",
@@ -70,6 +82,10 @@ class Service:
             check_limits(request.plan, self._limits)
 
     # In a process of its own.
+
+    def is_audited(self, verb: Verb) -> bool:
+        """Whether an entry in a tenant's audit log comes of it, if somebody other than root asks."""
+        return verb.name in _AUDITED or verb.name == "open_channel"
 
     def perform(
         self,
@@ -110,10 +126,30 @@ class Service:
                 return RecordAnswer(host.setup_network(request.plan, progress))
             case "inspect_instance":
                 return RecordAnswer(host.inspect_instance(request.instance))
+            case "verify_network":
+                return self._verify_network(progress)
             case "destroy_instance":
                 host.destroy_instance(request.instance, wipe_volumes=request.wipe_volumes, progress=progress)
                 return Nothing()
         raise AssertionError(f"{verb.name} is not performed in a process")
+
+    def _verify_network(self, progress: Progress) -> NetworkAnswer:
+        from mvm.hostd import net_verify
+
+        progress("comparing")
+        expected, found = net_verify.verify(self.store)
+        findings: list[NetworkFinding] = []
+        room = _FINDING_BYTES
+        for difference in found[:FINDINGS]:
+            texts = [str(text)[: bounds.MESSAGE_MAX] for text in difference]
+            room -= sum(len(text.encode()) for text in texts) + 64
+            if room < 0:
+                break
+            findings.append(NetworkFinding(*texts))
+        running = sum(instance.has_tap for instance in expected.instances)
+        return NetworkAnswer(
+            len(expected.policy.tenants), running, tuple(findings), left_out=len(found) - len(findings)
+        )
 
     def _audit_operation(
         self, verb: Verb, request: Any, peer: PeerCredentials, outcome: str, error: BaseException | None
@@ -146,12 +182,57 @@ class Service:
     # In the loop.
 
     def list_instances(self, request: ListRequest) -> ListAnswer:
-        tenant, after = request.tenant, request.after
-        found = all_instances(self.store) if tenant is None else self.store.instances(tenant)
-        if after is not None:
-            found = [i for i in found if (i.tenant, i.sort_key) > (after.tenant, after.sort_key)]
+        after = request.after
+        if request.tenant is not None:
+            tenants = [request.tenant]
+        else:
+            tenants = tenant_names(self.store)
+        # No further than what is asked for: a page costs as much whether it is the first or the last of many.
+        found: list[InstanceId] = []
+        for tenant in tenants:
+            if after is not None and tenant < after.tenant:
+                continue
+            try:
+                there = self.store.instances(tenant)
+            except (MvmError, NotADirectoryError):
+                if request.tenant is not None:
+                    raise
+                continue  # something there is not ours; `doctor` says so
+            if after is not None and tenant == after.tenant:
+                there = [i for i in there if i.sort_key > after.sort_key]
+            found += there
+            if len(found) > LIST_ROWS:
+                break
         rows = [line for instance in found[:LIST_ROWS] if (line := self._line(instance)) is not None]
         return ListAnswer(tuple(rows), more=len(found) > LIST_ROWS)
+
+    def list_tenants(self, request: TenantsRequest) -> TenantsAnswer:
+        names = [t for t in tenant_names(self.store) if request.after is None or t > request.after]
+        names = [t for t in names if (self.store.tenant_dir(t) / "spec.json").exists()]
+        indices = {lease.tenant: lease.index for lease in self.store.load_allocations().leases}
+        rows = []
+        for tenant in names[:TENANT_ROWS]:
+            try:
+                spec = self.store.load_spec(tenant)
+            except NotFound:
+                continue
+            except MvmError:
+                rows.append(TenantLine(tenant, readable=False))
+                continue
+            rows.append(
+                TenantLine(
+                    tenant, indices.get(tenant, 0), spec.profile.value, spec.vcpus, spec.mem_mib,
+                    spec.data_disk_mib, spec.flake_ref, spec.pools,
+                )
+            )  # fmt: skip
+        return TenantsAnswer(tuple(rows), more=len(names) > TENANT_ROWS)
+
+    def read_console(self, request: ConsoleRequest) -> ConsoleAnswer:
+        if not self.store.instance_paths(request.instance).state.exists():
+            self.store.load_record(request.instance)  # raises, and says what to do
+        return read_console(
+            self.store.instance_paths(request.instance).console_log, request.lines, request.place
+        )
 
     def _line(self, instance: InstanceId) -> InstanceLine | None:
         try:
@@ -173,6 +254,11 @@ class Service:
         spec = self.store.load_spec(request.tenant)
         index = self.store.load_allocations().index_of(request.tenant)
         return TenantAnswer(spec, self.store.load_history(request.tenant), index)
+
+    def note_console(self, request: ConsoleRequest, peer: PeerCredentials) -> None:
+        """Write it into the audit log that somebody other than root reads what a guest writes."""
+        if peer.uid != 0:
+            self._audit("instance.logs", "done", request.instance, peer, "")
 
     def note_channel(self, request: ChannelRequest, peer: PeerCredentials, error: MvmError | None) -> None:
         """Write a session of somebody other than root into the audit log."""

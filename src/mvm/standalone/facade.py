@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
+from mvm.core.errors import InvalidInput
 from mvm.core.ids import InstanceId, PoolId, TenantId
 from mvm.core.lifecycle import Action
 from mvm.hostd.store import Store
@@ -30,10 +32,15 @@ if TYPE_CHECKING:
     from mvm.hostd.keys import KeyProvider
     from mvm.standalone.builds import BuildResult
     from mvm.standalone.instances import Outcome
+    from mvm.standalone.net import Report
     from mvm.standalone.pools import PoolResult
     from mvm.standalone.ports import AuditLog, Host, LineSink, StepSink, Workshop
     from mvm.standalone.secrets import SecretsResult
     from mvm.standalone.tenants import Created, Destroyed
+    from mvm.wire.hostd_api import ConsoleAnswer, ConsolePlace
+
+    ReadConsole = Callable[[int | None, ConsolePlace | None], ConsoleAnswer]
+    """Takes how many lines before the end to begin (None: with all that is kept), or where to go on."""
 
 
 def _quiet_line(_: str) -> None:
@@ -126,6 +133,22 @@ class Standalone:
     def verify_audit(self, tenant: TenantId) -> Verified:
         return self.audit.verify(tenant)
 
+    def audited(self) -> list[TenantId]:
+        """Every tenant, present or past, that has an audit log or the head of one."""
+        try:
+            names = sorted(os.listdir(self.store.tenants_dir))
+        except FileNotFoundError:
+            return []
+        found = []
+        for name in names:
+            base = self.store.tenants_dir / name
+            if (base / "audit.log").exists() or (base / "audit.head").exists():
+                try:
+                    found.append(TenantId.parse(name))
+                except InvalidInput:
+                    continue
+        return found
+
     # Builds.
 
     def build(
@@ -177,6 +200,23 @@ class Standalone:
         from mvm.standalone import sessions
 
         return sessions.session(self, instance, action, command)
+
+    @contextmanager
+    def console(self, instance: InstanceId) -> Iterator[ReadConsole]:
+        """What reads the instance's console log. NotFound without a record, now or at the first piece."""
+        from mvm.hostd.console import read_console
+
+        self.store.load_record(instance)
+        path = self.store.instance_paths(instance).console_log
+        yield lambda lines, place: read_console(path, lines, place)
+
+    # The network.
+
+    def verify_network(self, *, active: bool, progress: Progress = no_progress) -> Report:
+        """Compare the live network with what must be there; `active`: and have running guests send packets."""
+        from mvm.standalone import net
+
+        return net.verify(self, active=active, progress=progress)
 
     # Pools.
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 class Report(NamedTuple):
-    """`tenants`: with rules. `results`: of packets, empty if none were to be sent."""
+    """`tenants`: with rules. `results`: of packets, empty if none were to be sent. `left_out`: differences beyond those
+    listed."""
 
     tenants: int
     running: int
     differences: list[Difference]
     results: list[active.Result]
+    left_out: int = 0
 
 
 def verify(node: Standalone, *, active: bool, progress: Progress) -> Report:

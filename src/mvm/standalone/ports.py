@@ -19,6 +19,7 @@ from mvm.wire.executor import Executor
 
 if TYPE_CHECKING:
     from mvm.hostd.guest_channel import GuestChannel
+    from mvm.wire.hostd_api import Purpose
 
 LineSink = Callable[[str], None]
 """Takes one line of a build's log."""
@@ -29,9 +30,15 @@ StepSink = Callable[[str, float | None], None]
 class Host(Executor, Protocol):
     """The privileged side with its sessions."""
 
-    def channel(self, instance: InstanceId) -> AbstractContextManager[GuestChannel]:
-        """A control channel to the guest of a running instance. Busy if all are in use, GuestError if it does
-        not answer."""
+    def channel(
+        self, instance: InstanceId, purpose: Purpose, program: str = ""
+    ) -> AbstractContextManager[GuestChannel]:
+        """A control channel to the guest of a running instance. Conflict if it does not run, Busy if all are in use,
+        GuestError if it does not answer.
+
+        `purpose`, `program`: what it is for, as the audit log may show it; for a host that keeps the log of those who
+        cannot.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 from mvm.core.addressing import Allocations, Lease
 from mvm.core.audit import AuditEntry, Verified
@@ -26,8 +26,14 @@ from mvm.hostd.guest_channel import GuestChannel, PortLease
 from mvm.hostd.store import Store
 from mvm.linux.stream import UnixStream
 from mvm.standalone.facade import Standalone
+from mvm.wire.executor import Progress, no_progress
 from mvm.wire.hostd_api import Purpose
 from mvm.wire.hostd_client import HostdClient
+
+if TYPE_CHECKING:
+    from mvm.standalone.facade import ReadConsole
+    from mvm.standalone.net import Report
+    from mvm.standalone.views import InstanceRow, PoolRow, TenantRow
 
 _NOWHERE = Path("/nonexistent/mvm")
 
@@ -39,12 +45,7 @@ class SocketHost(HostdClient):
         super().__init__(lambda: UnixStream.dial(path))
 
     @contextmanager
-    def channel(self, instance: InstanceId) -> Iterator[GuestChannel]:
-        with self.channel_for(instance, Purpose.SECRETS, "") as channel:
-            yield channel
-
-    @contextmanager
-    def channel_for(self, instance: InstanceId, action: str, program: str) -> Iterator[GuestChannel]:
+    def channel(self, instance: InstanceId, purpose: Purpose, program: str = "") -> Iterator[GuestChannel]:
         """A session, and what the audit log of a member's doings shall say of it. Conflict unless it runs."""
         record = self.inspect_instance(instance)
         if record.state is not State.RUNNING:
@@ -54,7 +55,7 @@ class SocketHost(HostdClient):
                 details="Only a running guest can be talked to.",
                 resolution=f"{verb.value.capitalize()} it first: {command_for(verb, instance)}",
             )
-        opened = self.open_channel(instance, Purpose(action), program)
+        opened = self.open_channel(instance, purpose, program)
         # It has what the channel asks of a lease; the lock itself is in the daemon.
         with GuestChannel(socket.socket(fileno=opened.fd), cast(PortLease, opened)) as channel:
             yield channel
@@ -71,8 +72,7 @@ class MemberStore(Store):
         """Nothing to make."""
 
     def tenants(self) -> list[TenantId]:
-        """Those with an instance."""
-        return sorted({line.instance.tenant for line in self._client.list_instances()})
+        return [line.tenant for line in self._client.list_tenants()]
 
     def load_spec(self, tenant: TenantId) -> TenantSpec:
         return self._client.inspect_tenant(tenant).spec
@@ -87,10 +87,8 @@ class MemberStore(Store):
         return self._client.inspect_instance(instance)
 
     def load_allocations(self) -> Allocations:
-        found = {line.instance.tenant for line in self._client.list_instances()}
-        return Allocations(
-            leases=tuple(Lease(t, self._client.inspect_tenant(t).index) for t in sorted(found))
-        )
+        found = [line for line in self._client.list_tenants() if line.index]
+        return Allocations(leases=tuple(Lease(line.tenant, line.index) for line in found))
 
     def tenant_lock(self, tenant: TenantId) -> NoReturn:
         _needs_root()
@@ -119,12 +117,14 @@ class _NoKeys:
 class MemberNode(Standalone):
     """Running, sleeping, waking, stopping, destroying and looking at instances, and sessions with guests."""
 
+    _client: HostdClient
+
     @classmethod
     def at(cls, path: Path, command: tuple[str, ...]) -> Self:
         """`path`: of the daemon's socket."""
         host = SocketHost(path)
         keys: Any = _NoKeys()
-        return cls(
+        made = cls(
             MemberStore(host),
             keys,
             host=lambda: host,
@@ -132,8 +132,53 @@ class MemberNode(Standalone):
             audit=_DaemonAudits(),
             command=command,
         )
+        made._client = host
+        return made
+
+    @contextmanager
+    def console(self, instance: InstanceId) -> Iterator[ReadConsole]:
+        with self._client.console(instance) as console:
+            yield console.read
+
+    def verify_network(self, *, active: bool, progress: Progress = no_progress) -> Report:
+        from mvm.hostd.net_verify import Difference
+        from mvm.standalone.net import Report
+
+        if active:
+            raise MissingPrerequisite(
+                "--active needs root",
+                details="It listens on all interfaces of this host, for which mvm-hostd has no right.",
+                resolution="Run the command with sudo, or without --active.",
+            )
+        seen = self._client.verify_network(progress)
+        differences = [Difference(found.where, found.what, found.fix) for found in seen.findings]
+        return Report(seen.tenants, seen.running, differences, [], seen.left_out)
+
+    def tenant_rows(self) -> Iterator[TenantRow]:
+        """As `mvm.standalone.views.list_tenants`."""
+        from mvm.standalone import member_views
+
+        return member_views.tenants(self._client)
+
+    def instance_rows(self, tenant: TenantId | None) -> Iterator[InstanceRow]:
+        """As `mvm.standalone.views.list_instances`, of one tenant or all."""
+        from mvm.standalone import member_views
+
+        return member_views.instances(self._client, tenant)
+
+    def pool_rows(self, tenant: TenantId | None) -> Iterator[PoolRow]:
+        """As `mvm.standalone.views.list_pools`, of one tenant or all."""
+        from mvm.standalone import member_views
+
+        return member_views.pools(self._client, tenant)
 
     def create(self, *_: Any) -> NoReturn:
+        _needs_root()
+
+    def audited(self) -> NoReturn:
+        _needs_root()
+
+    def verify_audit(self, *_: Any) -> NoReturn:
         _needs_root()
 
     def destroy(self, *_: Any, **__: Any) -> NoReturn:
@@ -167,7 +212,7 @@ class MemberNode(Standalone):
 def _needs_root() -> NoReturn:
     raise MissingPrerequisite(
         "this needs root",
-        details="Members of mvm-hostd's group may run, stop and enter instances; tenants, builds, secrets and logs are "
-        "root's.",
+        details="Members of mvm-hostd's group may run, stop, enter and look at instances; tenants, builds, secrets and "
+        "audit logs are root's.",
         resolution="Run the command with sudo.",
     )

@@ -16,6 +16,7 @@ from mvm.core.errors import InvalidInput, MvmError, NotFound
 from mvm.core.ids import InstanceId, TenantId
 from mvm.core.lifecycle import State
 from mvm.hostd.resources import secrets_store
+from mvm.wire.hostd_api import Purpose
 
 if TYPE_CHECKING:
     from mvm.linux.secret import SecretBytes
@@ -96,7 +97,7 @@ def _refresh(
             continue
         views = {name: value.view() for name, value in secrets.items()}
         try:
-            with node.host.channel(instance) as channel:
+            with node.host.channel(instance, Purpose.SECRETS) as channel:
                 channel.refresh_secrets(views)
             refreshed.append(instance)
         except MvmError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mvm.core.errors import Conflict
 from mvm.core.lifecycle import Action, State, command_for
+from mvm.wire.hostd_api import Purpose
 
 if TYPE_CHECKING:
     from mvm.core.ids import InstanceId
@@ -26,10 +27,8 @@ def session(
         # As recorded; whether it still runs is what the host looks at when it opens the channel.
         if record.state is not State.RUNNING:
             raise _not_running(node, instance, record.state)
-        # A daemon keeps the audit log of callers who cannot, so it is told what the session is for.
-        told = getattr(node.host, "channel_for", None)
         shown = " ".join(command[command.index("--") + 1 :] if "--" in command else command[2:])
-        with told(instance, action, shown) if told else node.host.channel(instance) as channel:
+        with node.host.channel(instance, Purpose(action), shown) as channel:
             yield channel
 
 

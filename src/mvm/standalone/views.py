@@ -139,7 +139,7 @@ def _tenant(folder: int, name: str) -> TenantRow | None:
             ip = ip or record.network.ip
             states.append(_state(record))
     return TenantRow(
-        name, _summary(states), len(states), states.count("running"), spec.profile,
+        name, summary(states), len(states), states.count("running"), spec.profile,
         spec.vcpus, spec.mem_mib, ip, spec.flake_ref,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ def _state(record: _Record) -> str:
     return record.state if record.pending is None else f"{record.state} ({record.pending.intent})"
 
 
-def _summary(states: list[str]) -> str:
+def summary(states: list[str]) -> str:
     if len(states) < 2:
         return states[0] if states else "empty"
     counts = dict.fromkeys(states, 0)

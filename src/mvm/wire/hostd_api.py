@@ -23,7 +23,7 @@ from mvm.core.ids import InstanceId, NodeId, TenantId
 from mvm.core.plan import InstancePlan
 from mvm.core.record import InstanceRecord
 from mvm.core.snapshot import Name
-from mvm.core.spec import TenantSpec
+from mvm.core.spec import PoolSpec, TenantSpec
 
 VERSION: Final = 1
 MAX_REQUEST: Final = 64 * 1024
@@ -31,6 +31,11 @@ MAX_REQUEST: Final = 64 * 1024
 MAX_ANSWER: Final = 1024 * 1024
 """Bytes of one answer, which comes from root, and may hold a tenant's whole specification."""
 LIST_ROWS: Final = 256
+TENANT_ROWS: Final = 64
+CONSOLE_CHUNK: Final = 64 * 1024
+"""Bytes of a console log in one answer: what a client that does not read can have the daemon hold."""
+FINDINGS: Final = 256
+"""Differences in one answer about the network; the rest is counted."""
 
 Text = Annotated[str, Meta(max_length=limits.MESSAGE_MAX)]
 
@@ -67,6 +72,27 @@ class ListRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TenantRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantId
+
+
+class TenantsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows come in the order of names; `after` is the last one already seen."""
+
+    after: TenantId | None = None
+
+
+class ConsolePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where reading a console log goes on. `file`: inode of the file that `offset` (bytes) is in, 0 before any."""
+
+    file: Annotated[int, Meta(ge=0, le=limits.INT63_MAX)]
+    offset: Annotated[int, Meta(ge=0, le=limits.INT63_MAX)]
+
+
+class ConsoleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Begin `lines` lines before the end (None: with all that is kept), or go on at `place`."""
+
+    instance: InstanceId
+    lines: Annotated[int, Meta(ge=0, le=limits.INT63_MAX)] | None = None
+    place: ConsolePlace | None = None
 
 
 class ChannelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +140,51 @@ class TenantAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spec: TenantSpec
     history: History
     index: addressing.SubnetIndex
+
+
+class TenantLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of its specification; one that cannot be read has `readable` false and nothing else. `index`: of its subnet, 0 if
+    it has none."""
+
+    tenant: TenantId
+    index: Annotated[int, Meta(ge=0, lt=limits.SUBNETS)] = 0
+    profile: Name = "-"
+    vcpus: int = 0
+    mem_mib: int = 0
+    data_disk_mib: int = 0
+    flake_ref: str = ""
+    pools: tuple[PoolSpec, ...] = ()
+    readable: bool = True
+
+
+class TenantsAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rows: Annotated[tuple[TenantLine, ...], Meta(max_length=TENANT_ROWS)]
+    more: bool = False
+
+
+class ConsoleAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`data`: as the guest wrote it. `place`: after it. `more`: there is more already."""
+
+    data: Annotated[bytes, Meta(max_length=CONSOLE_CHUNK)]
+    place: ConsolePlace
+    more: bool = False
+
+
+class NetworkFinding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that is not as it must be, and the command or step that puts it right."""
+
+    where: Text
+    what: Text
+    fix: Text
+
+
+class NetworkAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`tenants`: with rules. `running`: instances. `left_out`: findings beyond those listed."""
+
+    tenants: int
+    running: int
+    findings: Annotated[tuple[NetworkFinding, ...], Meta(max_length=FINDINGS)]
+    left_out: int = 0
 
 
 class NodeAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,6 +248,12 @@ _VERBS: Final = (
          "what is recorded of all of them"),
     Verb("inspect_tenant", TenantRequest, TenantAnswer, 10, False, Where.LOOP,
          "specification, revisions and subnet, to make plans from"),
+    Verb("list_tenants", TenantsRequest, TenantsAnswer, 10, False, Where.LOOP,
+         "what the tenants are, as specified"),
+    Verb("read_console", ConsoleRequest, ConsoleAnswer, 10, False, Where.LOOP,
+         "what a guest wrote to its console, a piece at a time"),
+    Verb("verify_network", Nothing, NetworkAnswer, 120, False, Where.CHILD,
+         "what of bridges, taps and rules is not as it must be"),
     Verb("open_channel", ChannelRequest, ChannelAnswer, 10, False, Where.LOOP,
          "a connected session with a running guest, held while the connection is open"),
     Verb("close_channel", CloseRequest, Nothing, 10, False, Where.LOOP,

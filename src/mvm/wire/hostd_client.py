@@ -24,17 +24,24 @@ from mvm.wire.hostd_api import (
     ChannelAnswer,
     ChannelRequest,
     CloseRequest,
+    ConsoleAnswer,
+    ConsolePlace,
+    ConsoleRequest,
     DestroyRequest,
     InstanceLine,
     InstanceRequest,
     ListAnswer,
     ListRequest,
+    NetworkAnswer,
     NodeAnswer,
     Nothing,
     PlanRequest,
     Purpose,
     TenantAnswer,
+    TenantLine,
     TenantRequest,
+    TenantsAnswer,
+    TenantsRequest,
     Verb,
 )
 from mvm.wire.hostd_frames import FrameReader, decode_answer, decode_message, encode_request, rebuilt
@@ -92,6 +99,53 @@ class OpenChannel:
         self.release(clean=False)
 
 
+class Console:
+    """Reads one instance's console log, over one connection for as long as the daemon keeps it.
+
+    The daemon remembers nothing of a reader, so that after its restart reading goes on at the same place.
+    """
+
+    def __init__(self, connect: Callable[[], Transport], instance: InstanceId) -> None:
+        self._connect = connect
+        self._instance = instance
+        self._transport: Transport | None = None
+
+    def read(self, lines: int | None, place: ConsolePlace | None) -> ConsoleAnswer:
+        """Begin `lines` lines before the end (None: with all that is kept), or go on at `place`."""
+        request = ConsoleRequest(self._instance, lines, place)
+        kept = self._transport is not None
+        try:
+            return self._ask(request)
+        except OSError as error:
+            if not kept:
+                raise _lost(error) from error
+        try:
+            return self._ask(request)
+        except OSError as error:
+            raise _lost(error) from error
+
+    def _ask(self, request: ConsoleRequest) -> ConsoleAnswer:
+        if self._transport is None:
+            self._transport = self._connect()
+        try:
+            answer: ConsoleAnswer = _converse(self._transport, VERBS["read_console"], request, no_progress)
+            return answer
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class HostdClient:
     """Implements `mvm.wire.executor.Executor`, and the daemon's inspection."""
 
@@ -136,6 +190,22 @@ class HostdClient:
             rows += answer.rows
             if not answer.more or not answer.rows:
                 return rows
+
+    def list_tenants(self) -> list[TenantLine]:
+        rows: list[TenantLine] = []
+        while True:
+            after = rows[-1].tenant if rows else None
+            answer: TenantsAnswer = self._call("list_tenants", TenantsRequest(after), no_progress)
+            rows += answer.rows
+            if not answer.more or not answer.rows:
+                return rows
+
+    def console(self, instance: InstanceId) -> Console:
+        return Console(self._connect, instance)
+
+    def verify_network(self, progress: Progress = no_progress) -> NetworkAnswer:
+        answer: NetworkAnswer = self._call("verify_network", Nothing(), progress)
+        return answer
 
     def ping(self) -> NodeAnswer:
         answer: NodeAnswer = self._call("ping", Nothing(), no_progress)

@@ -14,6 +14,7 @@ from mvm.core.lifecycle import TRANSITIONS, Action, State, Step, settle
 from mvm.core.plan import InstancePlan
 from mvm.hostd.host import Host
 from mvm.hostd.resources import volume
+from mvm.wire.hostd_api import Purpose
 
 pytestmark = pytest.mark.root
 
@@ -87,7 +88,7 @@ def test_killed_at_a_step(world: FakeWorld, source: State, action: Action, step:
         assert (record.state, record.pending) == (expected, None)
         if expected is State.RUNNING:
             world.assert_runs(plan)
-            with world.host().channel(plan.instance) as channel:
+            with world.host().channel(plan.instance, Purpose.EXEC) as channel:
                 channel.status()
         else:
             world.assert_nothing_runs(plan, sleeping=expected is State.SLEEPING)

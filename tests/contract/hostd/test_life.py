@@ -22,6 +22,7 @@ from mvm.hostd.host import Host
 from mvm.hostd.resources import volume
 from mvm.linux.files import locked
 from mvm.linux.pidfd import is_alive
+from mvm.wire.hostd_api import Purpose
 
 pytestmark = pytest.mark.root
 
@@ -447,10 +448,10 @@ def test_two_commands_at_once_follow_each_other(world: FakeWorld) -> None:
 def test_only_a_running_guest_can_be_talked_to(world: FakeWorld) -> None:
     plan, host = world.plan(), world.host()
     host.create_instance(plan)
-    with host.channel(plan.instance) as channel:
+    with host.channel(plan.instance, Purpose.EXEC) as channel:
         assert channel.status().sessions == 0
     host.sleep_instance(plan.instance)
-    with pytest.raises(Conflict, match="sleeping") as caught, host.channel(plan.instance):
+    with pytest.raises(Conflict, match="sleeping") as caught, host.channel(plan.instance, Purpose.EXEC):
         pass
     assert "mvm instance wake acme/default-0" in caught.value.resolution
 

@@ -16,6 +16,7 @@ from mvm.core.errors import IntegrityError, ResourceExhausted
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan
 from mvm.linux.mount import MS_NODEV, MS_NOSUID, detach, mount
+from mvm.wire.hostd_api import Purpose
 
 pytestmark = pytest.mark.root
 
@@ -205,7 +206,7 @@ def test_a_full_disk_during_a_sleep_leaves_the_guest_running(world: FakeWorld, l
         assert world.host().inspect_instance(plan.instance).state is State.RUNNING
         assert world.marked(plan, "alive ")
         assert sorted(os.listdir(snapshots)) == (["latest"] if lives == 2 else [])
-        with world.host().channel(plan.instance) as channel:
+        with world.host().channel(plan.instance, Purpose.EXEC) as channel:
             channel.status()
         world.host().stop_instance(plan.instance)
     finally:

@@ -13,6 +13,7 @@ from tests.unit.standalone.fakes import FakeNode
 
 from mvm.cli.console_log import ConsoleLog, LineSplitter, visible
 from mvm.core.ids import InstanceId
+from mvm.hostd.console import read_console
 from mvm.wire.guest_api import ExitStatus
 
 ONE = InstanceId("acme", "default", 0)
@@ -185,7 +186,7 @@ def test_logs_of_what_never_started(run: Run) -> None:
 @pytest.mark.req("L5")
 def test_following_survives_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "console.log"
-    log = ConsoleLog(path)
+    log = ConsoleLog(lambda lines, place: read_console(path, lines, place))
     assert list(log.tail(None)) == []
     older = tmp_path / "console.log.1"
 

@@ -27,6 +27,7 @@ from mvm.standalone.facade import Standalone
 from mvm.standalone.ports import Built, LineSink, StepSink
 from mvm.wire.executor import Progress, no_progress
 from mvm.wire.guest_api import CopyReport, ExitStatus
+from mvm.wire.hostd_api import Purpose
 
 BOOT = "00000000-0000-4000-8000-000000000000"
 
@@ -100,7 +101,7 @@ class FakeHost:
         return self.store.load_record(instance)
 
     @contextmanager
-    def channel(self, instance: InstanceId) -> Iterator[Any]:
+    def channel(self, instance: InstanceId, purpose: Purpose, program: str = "") -> Iterator[Any]:
         self._called("channel", instance)
         yield self.fake_channel
 
