@@ -152,6 +152,7 @@ class Host:
         recover(context)
         if context.record.state is State.DESTROYED:
             remove_remains(context.paths, wipe_volumes=False)
+            net_policy.refresh(self._store)
             return None
         if plan is not None and plan.network != record.network:
             raise Conflict(

@@ -19,7 +19,7 @@ from mvm.hostd import keeper, sealing
 from mvm.hostd.operations.context import Context
 from mvm.hostd.sealing.layout import SEGMENT_PREFIX
 from mvm.linux import pidfd
-from mvm.linux.files import sweep_temporaries
+from mvm.linux.files import fsync_dir, sweep_temporaries
 
 
 def recover(context: Context) -> bool:
@@ -66,6 +66,8 @@ def _committed_snapshot(context: Context, wanted: SnapshotId) -> SnapshotRef | N
         return None
     if identity.instance != context.id or identity.snapshot != wanted:
         return None
+    # Whoever renamed it may have died before it synced that. The record must not say `sleeping` before the disk does.
+    fsync_dir(latest.parent)
     return SnapshotRef(
         id=wanted,
         manifest_sha256=digest,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from mvm.core import record as records
 from mvm.core.errors import MvmError
@@ -21,6 +21,7 @@ from mvm.hostd import sealing
 from mvm.hostd.operations.context import Context
 from mvm.hostd.operations.snapshots import identity_of, open_latest
 from mvm.hostd.sealing.directory import NEW_PREFIX
+from mvm.linux.files import fsync_dir
 
 QUIESCE_S = 120.0
 """How long a guest may take to write its dirty pages to its disk."""
@@ -49,6 +50,8 @@ def sleep(context: Context) -> None:
             # The rename may have happened all the same (a failed sync, an interrupt). Then it sleeps: the image that
             # the guest runs from is no longer `latest` and will be destroyed.
             if _is_latest(context, snapshot):
+                with suppress(OSError):  # it failed already, perhaps; the guest may not go on in any case
+                    fsync_dir(context.paths.snapshots)
                 context.record = records.note(context.record, snapshot=ref)
                 context.commit()
             raise
