@@ -24,7 +24,7 @@ def doctor(app: App) -> None:
     firewall is tried by a dry run. Every finding comes with what was seen and the command that puts it right. Exits
     with 0 if nothing fails, else with 15; warnings do not count. Without root less can be seen, and it says what.
     """
-    checks = diagnose(_facts(app))
+    checks = checklist(app)
     for check in checks:
         app.answer(check)
     if not app.json:
@@ -36,6 +36,11 @@ def doctor(app: App) -> None:
             details=", ".join(failed),
             resolution="Put them right with the commands shown; a development machine may run mvm without.",
         )
+
+
+def checklist(app: App) -> list[Check]:
+    """Every row, for this host and the app's root."""
+    return diagnose(_facts(app))
 
 
 def rendered(checks: Sequence[Check]) -> list[str]:

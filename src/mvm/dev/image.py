@@ -37,7 +37,9 @@ _MACHINE_SETTINGS: Final = (
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE", "HOME", "XDG_CONFIG_HOME",
 )  # fmt: skip
-_UNITS: Final = ("mvm-node-seed.service", "mvm-node-agent.service", "mvm-node-install.service")
+_UNITS: Final = (
+    "mvm-node-seed.service", "mvm-node-agent.service", "mvm-node-install.service", "mvm-node-bootstrap.service",
+)  # fmt: skip
 _MASKED: Final = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer",
     "getty@tty1.service", "serial-getty@ttyS0.service", "systemd-pstore.service", "e2scrub_reap.service",
@@ -254,7 +256,6 @@ def _configure(root: Path) -> None:
     (root / "etc/hosts").write_text("127.0.0.1 localhost mvm-node\n::1 localhost\n")
     # Empty: the command line of the kernel says it, and systemd must not take this for a first boot.
     (root / "etc/machine-id").write_text("")
-    (root / "usr/local/bin/mvm").symlink_to("/opt/mvm/bin/mvm")
     for name in ("etc/apt/sources.list", "etc/apt/apt.conf.d/99mmdebstrap"):
         (root / name).unlink(missing_ok=True)
     for entry in (root / "etc/apt/sources.list.d").iterdir():

@@ -15,7 +15,7 @@ import msgspec
 from mvm.dev.sources import Source
 from mvm.dev.wheel import files_below
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Changes when `image` does something else with the same recipe."""
 
 PACKAGES: Final = (

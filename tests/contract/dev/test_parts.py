@@ -110,3 +110,27 @@ def test_what_git_ignores_stays_behind(tmp_path: Path) -> None:
 def test_programs_return_output_and_how_they_ended() -> None:
     assert programs.capture(["sh", "-c", "echo out; exit 3"]) == (3, b"out\n")
     assert programs.execute(["sh", "-c", "kill -9 $$"]) == 137
+
+
+@pytest.mark.req("O4")
+def test_the_nodes_installer_does_what_pip_would(built: Path, tmp_path: Path) -> None:
+    """pip itself then finds the package whole, and takes it away whole."""
+    environment = tmp_path / "env"
+    run(sys.executable, "-m", "venv", str(environment))
+    installer = ROOT / "src" / "mvm" / "dev" / "node" / "install.py"
+    for _ in range(2):
+        run("/usr/bin/python3", "-I", "-S", str(installer), str(built), str(environment))
+    pip = (str(environment / "bin" / "python"), "-m", "pip", "--disable-pip-version-check")
+    files = run(*pip, "show", "--files", "mvm").partition("Files:\n")[2].split()
+    (site,) = environment.glob("lib/python3.*/site-packages")
+    assert {"mvm/__init__.py", "../../../bin/mvm", "../../../bin/mvm-hostd"} <= set(files)
+    assert all((site / name).is_file() for name in files)
+    there = {p.relative_to(site).as_posix() for p in (site / "mvm").rglob("*") if p.is_file()}
+    assert there == {name for name in files if name.startswith("mvm/")}
+    for command in ("mvm", "mvm-hostd"):
+        done = subprocess.run([environment / "bin" / command, "--help"], capture_output=True, timeout=60)
+        # The environment has none of the dependencies: it gets as far as looking for the first.
+        assert b"ModuleNotFoundError: No module named" in done.stderr
+    run(*pip, "uninstall", "--yes", "mvm")
+    assert not (site / "mvm" / "__init__.py").exists()
+    assert not (environment / "bin" / "mvm").exists()

@@ -87,9 +87,14 @@ def test_what_a_requirement_names(line: str, name: str) -> None:
 
 def test_the_seed_brings_the_agent_its_package_and_the_wheel() -> None:
     entries = {e.name: e.data for e in seed.contents(wheel.package_dir(), "mvm-1-py3-none-any.whl", b"wheel")}
-    assert {"agent.py", "install.sh", "mvm/__init__.py", "mvm/guest/__main__.py", "wheel.sha256"} <= set(
-        entries
-    )
+    assert {
+        "agent.py",
+        "install.sh",
+        "bootstrap.sh",
+        "mvm/__init__.py",
+        "mvm/guest/__main__.py",
+        "wheel.sha256",
+    } <= set(entries)
     ours = {name for name in entries if name.startswith("mvm/")} - {"mvm/__init__.py"}
     assert all(name.startswith("mvm/guest/") for name in ours), (
         "the agent is all that runs before the install"

@@ -96,7 +96,7 @@ def test_the_digest_changes_with_every_input() -> None:
         msgspec.structs.replace(first, packages=(*first.packages, "vim")),
         msgspec.structs.replace(first, files=(*first.files[1:], (first.files[0][0], False, b"other"))),
         msgspec.structs.replace(first, root_gib=7),
-        msgspec.structs.replace(first, schema=2),
+        msgspec.structs.replace(first, schema=first.schema + 1),
     ]
     assert len({first.digest, *(r.digest for r in changed)}) == 1 + len(changed)
 

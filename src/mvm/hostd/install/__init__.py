@@ -7,7 +7,7 @@
     apply     doing a plan's steps, in order; each is complete or not done, and doing them again changes nothing
     verify    what holds afterwards, by asking the daemon and the kernel
 
-Runs as: root, in the command line. It installs the mvm that is in /usr/bin (packaging/mvm-install.sh) and no other, and
-only files that carry `MARK`: what an administrator wrote stays. May never: start a daemon in a mode that the host cannot
-keep, or change anything before every prerequisite was looked at.
+Runs as: root, in the command line. It sets up the mvm that is in /usr/bin (packaging/mvm-install.sh) and no other, and
+replaces only files that carry `units.MARK`: what an administrator wrote is refused, not lost. May never: start a daemon
+in a mode that the host cannot keep, or change anything before every prerequisite was looked at.
 """
