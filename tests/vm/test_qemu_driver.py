@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,9 +69,35 @@ class TestQemuDriver(DriverContract):
         vm.pause()
         assert len(vm.save_state()) > 1000
 
-    @pytest.mark.req("H4")
-    def test_no_network_of_the_hosts_but_its_tap(self, origin: Origin, restored: Callable[..., Vm]) -> None:
+    @pytest.mark.req("H4", "H2")
+    def test_it_is_in_a_jail(self, origin: Origin, restored: Callable[..., Vm]) -> None:
+        """Its program, libraries, firmware and devices; no other process; no network, for a tap is a descriptor."""
+        before = Path("/proc/self/mountinfo").read_text()
         vm = restored()
-        table = Path(f"/proc/{vm.identity.pid}/net/dev").read_text()
-        assert origin.plan.network.tap in table
+        vm.resume()
+        answers(origin.world, origin.plan, vm, 30)
+        assert Path("/proc/self/mountinfo").read_text() == before
+        process = Path(f"/proc/{vm.identity.pid}")
+        for kind in ("mnt", "net", "pid"):
+            assert os.readlink(process / "ns" / kind) != os.readlink(f"/proc/self/ns/{kind}"), kind
+        assert sorted(os.listdir(process / "root" / "dev")) in (
+            ["null", "urandom"],
+            ["kvm", "null", "urandom"],
+        )
+        assert set(os.listdir(process / "root")) <= {"dev", "etc", "lib", "lib64", "proc", "usr"}
+        assert os.listdir(process / "root" / "etc") == ["ld.so.cache"]
+        assert [name for name in os.listdir(process / "root" / "proc") if name.isdecimal()] == ["1"]
+        mounts = parse_mounts((process / "mounts").read_text())
+        assert {place for place, options in mounts.items() if "rw" in options} <= {
+            "/proc", "/dev/kvm", "/dev/null", "/dev/urandom",
+        }  # fmt: skip
+        assert all("nosuid" in options for options in mounts.values())
+        links = (process / "net" / "dev").read_text()
+        assert origin.plan.network.tap not in links
+        assert len(links.splitlines()) == 3, "two of heading, and lo"
         assert origin.plan.network.tap in origin.world.links()
+
+
+def parse_mounts(text: str) -> dict[str, list[str]]:
+    """Mount point -> options."""
+    return {line.split()[1]: line.split()[3].split(",") for line in text.splitlines()}

@@ -33,7 +33,7 @@ from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
 from mvm.hostd.vmm.driver import Drive, Machine, Nic
-from mvm.linux.files import read_bounded, write_atomic
+from mvm.linux.files import ensure_dir, read_bounded, write_atomic
 from mvm.linux.machine import memory_available
 
 # What a VMM needs beside the guest's memory: its own code, translation buffers, page tables.
@@ -95,6 +95,7 @@ def assemble(
     """
     paths = store.instance_paths(plan.instance)
     paths.make()
+    ensure_dir(paths.jail)
     net = plan.network
     if not os.path.exists("/dev/net/tun"):
         raise MissingPrerequisite(
@@ -137,6 +138,7 @@ def assemble(
             gid=plan.gid,
             runtime=paths.runtime,
             artifact_hashes=tuple(sorted(revision.sha256.items())),
+            jail=paths.jail,
         )
 
 

@@ -18,12 +18,11 @@ from mvm.core.errors import MissingPrerequisite, Refused
 from mvm.linux import capabilities, seccomp
 
 CAPABILITIES: Final[dict[str, str]] = {
-    "DAC_READ_SEARCH": "opening /proc/<pid>/mem and pagemap of a VMM, files of the instance's uid with mode 0600",
     "KILL": "pidfd_send_signal(2) to a VMM, which runs as its instance's uid",
     "NET_ADMIN": "bridges, taps and their ports by rtnetlink(7); TUNSETIFF; nftables",
     "SETGID": "setgroups(2), setresgid(2) in the keeper, before it executes a VMM",
-    "SETUID": "setresuid(2) in the keeper, before it executes a VMM",
-    "SYS_ADMIN": "mount(2) and umount2(2) of the pager's one-file system at a wake",
+    "SETUID": "setresuid(2) in the keeper, before it executes a VMM; setfsuid(2) to open a VMM's files in /proc",
+    "SYS_ADMIN": "mount(2) of the pager's one-file system at a wake; a VMM's jail: unshare(2), mounts, pivot_root(2)",
     "SYS_PTRACE": "reading a paused VMM's memory (/proc/<pid>/mem, pagemap) to seal it",
 }
 

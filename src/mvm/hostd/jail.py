@@ -44,12 +44,27 @@ class Bind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file or directory in the jail. `source`: a path of the host, or /proc/self/fd/N, which binds exactly what N
     is open on: a file, a directory, or a mount that is attached nowhere (fsmount(2)), which then moves into the jail.
 
-    Mounts below a source do not come along. No bind honours set-user-id bits or device files.
+    Mounts below a source do not come along. No bind honours set-user-id bits, or device files but
+    one that is bound itself.
     """
 
     source: str
     target: JailPath
     read_only: bool = True
+
+
+class Copy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the jail's own memory: what `source` holds, for what cannot be bound (a memfd is on no mount).
+
+    Of a block device it is a node of the same device, so that `uid` may open it and the host's own node stays as it is.
+    `source`: a path of the host, or /proc/self/fd/N. The file is `uid`'s and `gid`'s, with permissions `mode`.
+    """
+
+    source: str
+    target: JailPath
+    uid: int
+    gid: int
+    mode: int = 0o400
 
 
 class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +74,7 @@ class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     root: Path
     binds: tuple[Bind, ...] = ()
+    copies: tuple[Copy, ...] = ()
     devices: tuple[JailPath, ...] = ()
     namespaces: frozenset[str] = frozenset({"mount", "net", "ipc", "uts", "pid"})
     proc: bool = False
@@ -96,9 +112,12 @@ def enter(jail: Jail) -> None:
 def prepare(jail: Jail) -> None:
     """Build the jail at `root`, in a mount namespace of its own. The descriptors that binds name stay open."""
     trees: list[tuple[Bind, int, int]] = []
+    sources: list[tuple[Copy, int]] = []
     try:
         for bind in _all(jail):
             trees.append((bind, *_open(bind)))
+        for copy in jail.copies:
+            sources.append((copy, os.open(copy.source, os.O_RDONLY | os.O_CLOEXEC)))
         namespaces.unshare(jail.namespaces - {"pid"})
         mount.mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
         # A program that pivots by itself makes its device files and puts its code there.
@@ -109,7 +128,11 @@ def prepare(jail: Jail) -> None:
             _make_place(target, folder=stat.S_ISDIR(os.fstat(tree).st_mode))
             mount_tree.set_attributes(tree, attributes, bind.target)
             mount_tree.attach(tree, target)
+        for copy, source in sources:
+            _copy(copy, source, f"{jail.root}{copy.target}")
     finally:
+        for _, source in sources:
+            os.close(source)
         for _, tree, _ in trees:
             os.close(tree)
     if jail.proc:
@@ -144,7 +167,8 @@ def _open(bind: Bind) -> tuple[int, int]:
             tree = os.dup(number)
     else:
         tree = mount_tree.open_tree(bind.source)
-    if not stat.S_ISCHR(os.fstat(tree).st_mode):
+    kind = os.fstat(tree).st_mode
+    if not stat.S_ISCHR(kind) and not stat.S_ISBLK(kind):
         attributes |= mount_tree.NODEV
     return tree, attributes
 
@@ -156,3 +180,21 @@ def _make_place(target: str, *, folder: bool) -> None:
         return
     os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
     os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
+
+
+def _copy(copy: Copy, source: int, target: str) -> None:
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    seen = os.fstat(source)
+    if stat.S_ISBLK(seen.st_mode):
+        os.mknod(target, stat.S_IFBLK | copy.mode, seen.st_rdev)
+        os.chown(target, copy.uid, copy.gid, follow_symlinks=False)
+        return
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, copy.mode)
+    try:
+        at = 0
+        while count := os.sendfile(fd, source, at, 1 << 20):
+            at += count
+        os.fchown(fd, copy.uid, copy.gid)
+        os.fchmod(fd, copy.mode)
+    finally:
+        os.close(fd)

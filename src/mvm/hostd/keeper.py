@@ -36,7 +36,7 @@ from mvm.core.errors import Busy, Conflict, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd import jail as jails
 from mvm.hostd.bounded_log import BoundedLog, drain, tail
-from mvm.linux import hugepages
+from mvm.linux import hugepages, namespaces, seccomp
 from mvm.linux.files import write_atomic
 from mvm.linux.pidfd import identify
 from mvm.linux.process import clean_environment, wait_readable
@@ -72,6 +72,11 @@ class Program(msgspec.Struct, frozen=True):
     `argv[0]`: a path in the jail, if there is one that is pivoted into. `served`: the number under which it gets the
     file that `serve` answers for, if there is one. `jail`: descriptors in its binds are ours, not the VMM's. `cgroup`:
     the directory of a control group (v2), which the VMM joins before anything else.
+
+    A program that changes its uid by itself is `owner`'s (uid, gid) in the end, and starts as `uid`. By that it loses
+    the death signal that ties it to its keeper, so it has to be `tied`: both in a PID namespace of which the keeper is
+    the first process, and with which all in it end. `lock_fd`: where the VMM holds the lock; 0 for a program that
+    closes everything from 3 on.
     """
 
     argv: Sequence[str]
@@ -82,6 +87,9 @@ class Program(msgspec.Struct, frozen=True):
     served: int | None = None
     jail: jails.Jail | None = None
     cgroup: Path | None = None
+    owner: tuple[int, int] | None = None
+    tied: bool = False
+    lock_fd: int = ALIVE_FD
 
 
 def launch(
@@ -92,11 +100,13 @@ def launch(
     errors: Path,
     serve: Serve | None = None,
     keep: Sequence[int] = (),
+    logs: Mapping[int, Path] | None = None,
 ) -> tuple[ProcessIdentity, ProcessIdentity]:
     """Fork a keeper, which starts `program`. Returns (VMM, keeper).
 
     `console`: our end of the guest's console. `errors`: file that gets the VMM's own stderr. `keep`: descriptors that
-    `serve` needs. Returns once the program is executed; VmmError if it could not be, or its jail not be built.
+    `serve` needs. `logs`: descriptors that the VMM writes to the other ends of -> files of bounded size for
+    what comes out of them. Returns once the program is executed; VmmError if it could not be, or its jail not be built.
     """
     alive = _take_alive(runtime)
     ready, tell = os.pipe2(os.O_CLOEXEC)
@@ -106,8 +116,21 @@ def launch(
         try:
             os.close(ready)
             os.setsid()
+            if program.tied:
+                namespaces.unshare(("pid",))
             if os.fork() == 0:
-                _keeper(program, runtime, console, errors, serve, keep, tell, alive)
+                _keeper(
+                    program,
+                    runtime,
+                    {console.fileno(): None, **(logs or {})},
+                    errors,
+                    serve,
+                    keep,
+                    tell,
+                    alive,
+                )
+        except OSError as error:
+            os.write(tell, f"failed {error}".encode())
         finally:
             os._exit(0)
     os.close(tell)
@@ -226,35 +249,36 @@ def _is_keeper(pid: int) -> bool:
 def _keeper(
     program: Program,
     runtime: Path,
-    console: socket.socket,
+    sources: Mapping[int, Path | None],
     errors: Path,
     serve: Serve | None,
     keep: Sequence[int],
     tell: int,
     alive: int,
 ) -> None:
-    """The keeper's whole life. Never returns to the caller's code."""
+    """The keeper's whole life. Never returns to the caller's code. `sources`: None for the guest's console."""
     try:
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        me = os.pidfd_open(os.getpid())
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         _libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
-        (runtime / PID_FILE).write_bytes(str(os.getpid()).encode())
+        (runtime / PID_FILE).write_bytes(str(_outside(me)).encode())
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open("/dev/null", os.O_RDWR)
         words, stderr = os.pipe2(os.O_CLOEXEC)
         logs = {
-            console.fileno(): BoundedLog(runtime / "logs" / "console.log"),
-            words: BoundedLog(errors, fresh=True),
+            fd: BoundedLog(path or runtime / "logs" / "console.log", fresh=path is not None)
+            for fd, path in {**sources, words: errors}.items()
         }
         os.chdir("/")  # neither of us may pin the directory that the command was started in
-        me = os.pidfd_open(os.getpid())
         hears, says = os.pipe2(os.O_CLOEXEC)
         pid = _fork(program, runtime)
         if pid == 0:
             _become(program, null, stderr, alive, me, says)
         pidfd = os.pidfd_open(pid)
+        vmm, keeper = _outside(pidfd), _outside(me)
         for number in (0, 1, 2):
             os.dup2(null, number)
         kept = {0, 1, 2, tell, alive, pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
@@ -262,9 +286,9 @@ def _keeper(
         known = threading.Event()
         if serve is not None:
             for _ in range(2):  # one thread may wait for a chunk while the other answers
-                threading.Thread(target=_serve_or_die, args=(serve, pid, known), daemon=True).start()
+                threading.Thread(target=_serve_or_die, args=(serve, vmm, known), daemon=True).start()
         problem = _hear(hears, runtime, known)
-        os.write(tell, problem or f"ok {pid} {os.getpid()}".encode())
+        os.write(tell, problem or f"ok {vmm} {keeper}".encode())
         os.close(tell)
         drain(logs, pidfd)
         _, status = os.waitpid(pid, 0)
@@ -276,6 +300,12 @@ def _keeper(
             pass
     finally:
         os._exit(0)
+
+
+def _outside(pidfd: int) -> int:
+    """The number of the process of `pidfd` for everybody else: that in the PID namespace of the host's /proc."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 
 
 def _fork(program: Program, runtime: Path) -> int:
@@ -327,24 +357,26 @@ def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, s
         if program.jail is not None:
             _enter(program.jail, says)
         # Above every wanted number first, so that no move overwrites a source.
-        high = {number: _dup_above(fd, 200) for number, fd in {**program.fds, ALIVE_FD: alive}.items()}
+        high = {number: _dup_above(fd, 200) for number, fd in {**program.fds, program.lock_fd: alive}.items()}
         says, keeper = _dup_above(says, 200), _dup_above(keeper, 200)
         os.dup2(null, 0)
         os.dup2(null, 1)
         stderr = os.dup2(stderr, 2)
         for number, fd in high.items():
             os.dup2(fd, number, inheritable=True)
-        _close_all_but({0, 1, 2, says, keeper, ALIVE_FD, *program.fds})
+        _close_all_but({0, 1, 2, says, keeper, *high})
         os.setgroups(list(program.groups))
         os.setresgid(program.gid, program.gid, program.gid)
         os.setresuid(program.uid, program.uid, program.uid)
         _die_with(keeper)  # the change of uid has cleared it
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if program.served is not None:
-            # As the one uid that may: the kernel asks the keeper, and keeps the answer.
-            os.fstat(program.served)
+            _ask_size(program.served, program.owner)
             os.write(says, _SETTLED + b"\n")
-            hugepages.refuse_advice()
+            if program.owner is None:
+                hugepages.refuse_advice()
+        if program.jail is None or program.jail.pivot:
+            seccomp.forbid()  # unless it is a program that pivots by itself
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_DFL)
@@ -355,6 +387,26 @@ def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, s
         os.write(stderr, f"{words}\n".encode())
     finally:
         os._exit(127)
+
+
+def _ask_size(served: int, owner: tuple[int, int] | None) -> None:
+    """As the one uid that may: the kernel asks the keeper, and keeps the answer."""
+    if owner is None:
+        os.fstat(served)
+        return
+    uid, gid = owner
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            os.fstat(served)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise OSError(13, "the guest's memory cannot be opened by its uid")
 
 
 def _die_with(keeper: int) -> None:

@@ -5,14 +5,16 @@ What the filter does, in order:
     another architecture's calls (x32 included)        the process is killed: numbers would mean something else
     a number above all that this table's kernels know  ENOSYS, so that C libraries fall back to what they used before
     clone3                                             ENOSYS: its flags are in memory, where no filter can look
-    clone with CLONE_NEWUSER                           EPERM: a new user namespace is a new set of capabilities
+    clone, unshare with CLONE_NEWUSER                  EPERM: a new user namespace is a new set of capabilities
+    setns into anything but a PID namespace            EPERM: that one only undoes an unshare (mvm.linux.namespaces)
     socket of an address family not in FAMILIES        EAFNOSUPPORT
     ioctl TIOCSTI                                      EPERM: typing into somebody's terminal
     a call on the list                                 allowed
     any other                                          EPERM
 
-Filters are inherited and never lifted, so the list is what this process *and every program it starts* need; a VMM's
-own filter comes on top. Nothing is passed to the kernel by us but numbers, so there is no dependency.
+Filters are inherited and never lifted, so the list is what this process *and every program it starts* need, the child
+that builds a VMM's jail included. `forbid` takes that group away again from the VMM itself; a VMM's own filter comes on
+top. Nothing is passed to the kernel by us but numbers, so there is no dependency.
 The numbers are the x86-64 ABI's; on other machines `program` raises MissingPrerequisite, and the service manager's
 filter is the only one.
 """
@@ -32,6 +34,7 @@ FAMILIES: Final = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16,
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
 _CLONE_NEWUSER: Final = 0x10000000
+_CLONE_NEWPID: Final = 0x20000000
 _TIOCSTI: Final = 0x5412
 _CLONE3: Final = 435
 _NEWEST: Final = 466  # of the newest kernel this table was checked against
@@ -75,7 +78,7 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         "setuid": 105, "setgid": 106, "geteuid": 107, "getegid": 108, "setpgid": 109, "getppid": 110,
         "getpgrp": 111, "setsid": 112, "setreuid": 113, "setregid": 114, "getgroups": 115, "setgroups":
         116, "setresuid": 117, "getresuid": 118, "setresgid": 119, "getresgid": 120, "getpgid": 121,
-        "getsid": 124, "capget": 125, "capset": 126, "rt_sigpending": 127, "rt_sigtimedwait": 128,
+        "setfsuid": 122, "getsid": 124, "capget": 125, "capset": 126, "rt_sigpending": 127, "rt_sigtimedwait": 128,
         "rt_sigsuspend": 130, "sigaltstack": 131, "getpriority": 140, "setpriority": 141,
         "sched_setparam": 142, "sched_getparam": 143, "sched_setscheduler": 144, "sched_getscheduler":
         145, "sched_get_priority_max": 146, "sched_get_priority_min": 147, "prctl": 157, "arch_prctl":
@@ -107,8 +110,18 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
     "mounts": {
         "mount": 165, "umount2": 166,
     },
+    "the jail of a VMM": {
+        "pivot_root": 155, "unshare": 272, "setns": 308, "open_tree": 428, "move_mount": 429,
+        "mount_setattr": 442,
+    },
 }  # fmt: skip
 
+
+_SHARED_OBJECTS: Final = {
+    "shmget": 29, "shmat": 30, "shmctl": 31, "semget": 64, "semop": 65, "semctl": 66, "shmdt": 67, "msgget": 68,
+    "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "semtimedop": 220, "mq_open": 240, "mq_unlink": 241,
+    "mq_timedsend": 242, "mq_timedreceive": 243, "mq_notify": 244, "mq_getsetattr": 245,
+}  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -147,6 +160,10 @@ def program() -> list[Instruction]:
     made += _if_call(
         table["clone"], [_argument(0), Instruction(_JSET, 0, 1, _CLONE_NEWUSER), _return(refuse)]
     )
+    made += _if_call(
+        table["unshare"], [_argument(0), Instruction(_JSET, 0, 1, _CLONE_NEWUSER), _return(refuse)]
+    )
+    made += _if_call(table["setns"], [_argument(1), Instruction(_JEQ, 1, 0, _CLONE_NEWPID), _return(refuse)])
     made += _if_call(table["ioctl"], [_argument(1), Instruction(_JEQ, 0, 1, _TIOCSTI), _return(refuse)])
     families = [Instruction(_JEQ, len(FAMILIES) - at, 0, value) for at, value in enumerate(FAMILIES.values())]
     made += _if_call(table["socket"], [_argument(0), *families, _return(_ERRNO | errno.EAFNOSUPPORT)])
@@ -165,9 +182,34 @@ def assemble(instructions: list[Instruction]) -> bytes:
     return b"".join(_FILTER.pack(*instruction) for instruction in instructions)
 
 
+def forbidding() -> list[Instruction]:
+    """A filter that takes away what changes a process's view of the host, and System V's and POSIX's objects, which
+    everybody in an IPC namespace can name; everything else it leaves as it is."""
+    refused = sorted({**_X86_64["mounts"], **_X86_64["the jail of a VMM"], **_SHARED_OBJECTS}.values())
+    return [
+        Instruction(_LOAD, 0, 0, _ARCH),
+        Instruction(_JEQ, 1, 0, _AUDIT_ARCH_X86_64),
+        _return(_KILL),
+        Instruction(_LOAD, 0, 0, _NR),
+        *(Instruction(_JEQ, len(refused) - at, 0, number) for at, number in enumerate(refused)),
+        _return(_ALLOW),
+        _return(_ERRNO | errno.EPERM),
+    ]
+
+
+def forbid() -> None:
+    """Put `forbidding` on this thread and all it starts. Does nothing where `program` knows no numbers. OSError."""
+    if platform.machine() == "x86_64":
+        _install(forbidding())
+
+
 def install() -> None:
     """Put the filter on this thread and all it starts, for good. Set no_new_privs before. Raises OSError."""
-    code = assemble(program())
+    _install(program())
+
+
+def _install(instructions: list[Instruction]) -> None:
+    code = assemble(instructions)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("HxxxxxxP", len(code) // _FILTER.size, ctypes.addressof(buffer))
     if _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), header, 0, 0) != 0:

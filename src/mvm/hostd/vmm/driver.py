@@ -62,7 +62,11 @@ class Nic(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Everything a VMM is started with. Descriptors are borrowed for the duration of the call."""
+    """Everything a VMM is started with. Descriptors are borrowed for the duration of the call.
+
+    `jail`: an empty directory of root's, over which the VMM's root is made in a namespace of its own; None: without.
+    `cgroup`: the control group to run in, a directory. `confined`: whether it is an error if the host has no jail.
+    """
 
     name: str
     vcpus: int
@@ -76,6 +80,9 @@ class Machine(msgspec.Struct, frozen=True):
     gid: int
     runtime: Path
     artifact_hashes: tuple[tuple[str, str], ...] = ()
+    jail: Path | None = None
+    cgroup: Path | None = None
+    confined: bool = False
 
     @property
     def mem_bytes(self) -> int:

@@ -24,6 +24,7 @@ from mvm.hostd.guest_channel.ports import socket_path
 from mvm.hostd.keeper import Program, last_words, launch
 from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine
 from mvm.hostd.vmm.qemu import command as layout
+from mvm.hostd.vmm.qemu.jail import jail
 from mvm.hostd.vmm.qemu.probe import Acceleration, choose_acceleration
 from mvm.hostd.vmm.qemu.qmp import Qmp
 from mvm.linux import machine as host
@@ -164,6 +165,10 @@ class QemuDriver:
                     machine.gid,
                     groups,
                     served=layout.MEMORY_FD if memory is not None and memory.serve is not None else None,
+                    jail=None
+                    if machine.jail is None
+                    else jail(self.program(), machine.jail, accel, required=machine.confined),
+                    cgroup=machine.cgroup,
                 ),
                 runtime=machine.runtime,
                 console=console_ours,
