@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mvm.core import record as records
-from mvm.core.errors import Conflict, NotFound
+from mvm.core.errors import Conflict, MvmError, NotFound
 from mvm.core.ids import InstanceId
 from mvm.core.lifecycle import Action, State, command_for
 from mvm.core.plan import InstancePlan, check_plan
@@ -135,6 +135,36 @@ class Host:
                     yield context
                     return
 
+    def _create(self, plan: InstancePlan) -> InstanceRecord:
+        """A record where there is none. NotFound or Conflict, and nothing left, if the tenant is gone or going.
+
+        A tenant that is destroyed meanwhile must not keep a VM that nobody can name, and who destroys it does not hold
+        this instance's lock. That one leaves its mark and then looks for records; here the record comes first and then
+        the look for the mark: one of the two sees what the other did.
+        """
+        record = records.new_record(plan.instance, plan.network, now_ns=time.time_ns())
+        try:
+            self._refuse_destroyed(plan)
+            self._store.save_record(record)
+            self._fault("record made")
+            self._refuse_destroyed(plan)
+        except MvmError:
+            remove_remains(self._store.instance_paths(plan.instance), wipe_volumes=False)
+            raise
+        return record
+
+    def _refuse_destroyed(self, plan: InstancePlan) -> None:
+        tenant = plan.instance.tenant
+        self._store.refuse_destroyed(tenant)
+        # Subnets are never given out twice: one of the same name with another is another tenant.
+        indices = [lease.index for lease in self._store.load_allocations().leases if lease.tenant == tenant]
+        if indices not in ([], [plan.network.index]):
+            raise Conflict(
+                f"{tenant} was destroyed and created again",
+                details=f"The plan is for subnet {plan.network.index}; it has {indices[0]} now.",
+                resolution="Ask again.",
+            )
+
     def _recovered(
         self, instance: InstanceId, progress: Progress, plan: InstancePlan | None
     ) -> Context | None:
@@ -144,10 +174,10 @@ class Host:
         except NotFound:
             if plan is None:
                 return None
-            # A tenant that was destroyed while this command waited must not get a VM that nobody can name.
-            self._store.load_spec(plan.instance.tenant)
-            record = records.new_record(instance, plan.network, now_ns=time.time_ns())
-            self._store.save_record(record)
+            record = self._create(plan)
+        else:
+            if plan is not None:
+                self._store.refuse_destroyed(instance.tenant)
         context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)
         recover(context)
         if context.record.state is State.DESTROYED:

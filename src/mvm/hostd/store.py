@@ -6,6 +6,8 @@
     <root>/revisions/<id>/                           what builds produced, immutable
     <root>/keys/                                     the development key provider's (other providers leave it empty)
     <root>/tenants/<tenant>/spec.json                what the operator asked for
+    <root>/tenants/<tenant>/destroying               its destruction was begun: it gets no instances any more
+    <root>/tenants/<tenant>/life.lock                held while it is created or destroyed
     <root>/tenants/<tenant>/revisions.json           what it can go back to
     <root>/tenants/<tenant>/secrets.sealed           encrypted
     <root>/tenants/<tenant>/audit.log, audit.head    hash-chained
@@ -19,7 +21,7 @@
         jail/
 
 Directories are 0700 and root's. Documents are replaced atomically and fsynced; a reader sees the old or the new one.
-Locks are always taken in the order root, tenant, instance, tenant's network.
+Locks are always taken in the order tenant's life, root, tenant, instance, tenant's network.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from pathlib import Path
 
 from mvm.core import limits
 from mvm.core.addressing import Allocations, decode_allocations, encode_allocations
-from mvm.core.errors import MissingPrerequisite, NotFound
+from mvm.core.errors import Conflict, MissingPrerequisite, NotFound
 from mvm.core.history import History, decode_history, encode_history
 from mvm.core.ids import InstanceId, NodeId, TenantId
 from mvm.core.record import InstanceRecord, decode_record, encode_record
 from mvm.core.spec import TenantSpec, decode_spec, encode_spec
-from mvm.linux.files import ensure_dir, locked, read_bounded, write_atomic
+from mvm.linux.files import ensure_dir, fsync_dir, locked, read_bounded, write_atomic
 
 AllocationWriter = Callable[[Allocations], None]
 
@@ -97,6 +99,10 @@ class Store:
     def tenant_lock(self, tenant: TenantId) -> AbstractContextManager[int]:
         return locked(self.tenant_dir(tenant) / "lock", wait=LOCK_WAIT_S)
 
+    def life_lock(self, tenant: TenantId) -> AbstractContextManager[int]:
+        """Held while the tenant is created or destroyed."""
+        return locked(self.tenant_dir(tenant) / "life.lock", wait=LOCK_WAIT_S)
+
     def network_lock(self, tenant: TenantId) -> AbstractContextManager[int]:
         """Held while the tenant's bridge gets a port, or goes for want of one."""
         ensure_dir(self.tenant_dir(tenant))
@@ -122,6 +128,27 @@ class Store:
                 resolution="List them with: mvm tenant list. Create one with: mvm tenant create",
             ) from None
         return decode_spec(data, of=tenant)
+
+    def mark_destroying(self, tenant: TenantId) -> None:
+        """From here on no instance of it is made (`refuse_destroyed`); what there is can be looked for and removed."""
+        write_atomic(self.tenant_dir(tenant) / "destroying", b"")
+
+    def unmark_destroying(self, tenant: TenantId) -> None:
+        """It is gone, or about to be created anew."""
+        (self.tenant_dir(tenant) / "destroying").unlink(missing_ok=True)
+        fsync_dir(self.tenant_dir(tenant))
+
+    def refuse_destroyed(self, tenant: TenantId) -> None:
+        """NotFound if there is no such tenant, Conflict if its destruction was begun."""
+        if (self.tenant_dir(tenant) / "destroying").exists() and (
+            self.tenant_dir(tenant) / "spec.json"
+        ).exists():
+            raise Conflict(
+                f"{tenant} is being destroyed",
+                details="Its destruction was begun, and may have been interrupted.",
+                resolution=f"Finish it with: mvm tenant destroy {tenant}",
+            )
+        self.load_spec(tenant)
 
     def save_spec(self, spec: TenantSpec) -> None:
         ensure_dir(self.tenant_dir(spec.id))

@@ -100,7 +100,8 @@ def remove(node: Standalone, instance: InstanceId, *, wipe_volumes: bool, progre
 
 def add_records(node: Standalone, spec: TenantSpec, index: int, wanted: Iterable[InstanceId]) -> None:
     """Give every wanted instance that has none a record, and with it an address. The caller holds the
-    tenant's lock."""
+    tenant's lock. Conflict if the tenant is being destroyed."""
+    node.store.refuse_destroyed(spec.id)
     taken = {i: node.store.load_record(i).network.slot for i in node.store.instances(spec.id)}
     for instance in wanted:
         if instance in taken:

@@ -36,6 +36,7 @@ def create(node: Standalone, tenant: TenantId, pool: PoolId, fields: Mapping[str
         note.add(detail=f"pool {pool}")
         index = node.store.load_allocations().index_of(tenant)
         with node.store.tenant_lock(tenant):
+            node.store.refuse_destroyed(tenant)
             spec = node.store.load_spec(tenant)
             there = next((p for p in spec.pools if p.id == pool), None)
             if there is not None:
@@ -57,6 +58,7 @@ def scale(
         note.add(detail=f"pool {pool} to {count}")
         index = node.store.load_allocations().index_of(tenant)
         with node.store.tenant_lock(tenant):
+            node.store.refuse_destroyed(tenant)
             spec = node.store.load_spec(tenant)
             old = spec.pool(pool)
             new = msgspec.structs.replace(old, count=count)
@@ -86,6 +88,7 @@ def destroy(
         if not known and not left_over:
             spec.pool(pool)  # raises NotFound with the pools there are
         with node.store.tenant_lock(tenant):
+            node.store.refuse_destroyed(tenant)
             spec = node.store.load_spec(tenant)
             if any(p.id == pool for p in spec.pools):
                 node.store.save_spec(_without(spec, pool))

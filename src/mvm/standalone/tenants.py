@@ -3,8 +3,9 @@
 Creating is ordered so that it can be repeated after an interruption: subnet, key, specification (from here on
 the tenant exists), records. The same specification again changes nothing.
 
-Destroying: instances, secrets, keys, history, subnet (retired for ever), and last the specification, so that
-an interrupted destroy is finished by the next. **Without `wipe_volumes` the data volumes stay, and then the
+Destroying: a mark, after which nobody makes an instance of it; then instances, secrets, keys, history, subnet
+(retired for ever), and last the specification and the mark, so that an interrupted destroy is finished by the next
+and by nothing else. **Without `wipe_volumes` the data volumes stay, and then the
 keys that open them stay too**: a tenant created again under the same name finds its data. With it the keys go,
 and with them everything that was encrypted for the tenant.
 
@@ -52,7 +53,7 @@ class Destroyed(msgspec.Struct, frozen=True):
 def create(node: Standalone, spec: TenantSpec) -> Created:
     store, tenant = node.store, spec.id
     ensure_dir(store.tenant_dir(tenant))
-    with node.journal.entry("tenant.create", tenant) as note:
+    with store.life_lock(tenant), node.journal.entry("tenant.create", tenant) as note:
         note.add(flake_ref=spec.flake_ref)
         with store.tenant_lock(tenant):
             # Before a subnet is taken, which would be taken for ever.
@@ -64,6 +65,8 @@ def create(node: Standalone, spec: TenantSpec) -> Created:
         with store.tenant_lock(tenant):
             existing = _refuse_other(node, spec)
             if existing is None:
+                # What an interrupted destroy may have left as its very last.
+                store.unmark_destroying(tenant)
                 with node.keys.create(tenant):
                     store.save_spec(spec)
             # Made once: instances that were destroyed since are `mvm tenant run`'s to make again.
@@ -82,6 +85,7 @@ def _refuse_other(node: Standalone, spec: TenantSpec) -> TenantSpec | None:
         there = node.store.load_spec(spec.id)
     except NotFound:
         return None
+    node.store.refuse_destroyed(spec.id)
     found = differences(there, spec)
     if found:
         raise Conflict(
@@ -128,22 +132,29 @@ def _text(value: object) -> str:
 
 
 def destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress: Progress) -> Destroyed:
+    if not node.store.tenant_dir(tenant).is_dir():
+        node.store.load_spec(tenant)  # raises, and says what to do
+    with node.store.life_lock(tenant):
+        try:
+            node.store.load_spec(tenant)
+        except NotFound:
+            kept = volumes(node, tenant)
+            if not (wipe_volumes and kept):
+                return Destroyed(existed=False, kept_volumes=kept)
+        return _destroy(node, tenant, wipe_volumes=wipe_volumes, progress=progress)
+
+
+def _destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress: Progress) -> Destroyed:
     from mvm.hostd.resources import secrets_store
 
     store = node.store
     home = store.tenant_dir(tenant)
-    try:
-        store.load_spec(tenant)
-    except NotFound:
-        if not home.is_dir():
-            raise
-        kept = volumes(node, tenant)
-        if not (wipe_volumes and kept):
-            return Destroyed(existed=False, kept_volumes=kept)
     with node.journal.entry("tenant.destroy", tenant) as note:
+        with store.tenant_lock(tenant):
+            store.mark_destroying(tenant)
         gone = tuple(store.instances(tenant))
         affected = dict.fromkeys([*gone, *(volumes(node, tenant) if wipe_volumes else ())])
-        # A start that was waiting for the instance makes it again, as long as there is a specification.
+        # Nobody makes one any more, but a start that did while the mark was set may still have to take it back.
         while affected:
             for instance in affected:
                 with node.journal.entry("instance.destroy", tenant, instance):
@@ -167,6 +178,7 @@ def destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress:
                 save(after)
         with store.tenant_lock(tenant):
             wipe(home / "spec.json")
+            store.unmark_destroying(tenant)
         kept_text = ", ".join(i.dir_name for i in kept)
         note.add(detail=f"volumes and keys kept: {kept_text}" if kept else "keys destroyed")
     builds.collect_quietly(node)
