@@ -1,8 +1,9 @@
 """The pager: a sealed image as a file whose pages are decrypted when the guest touches them.
 
 `open_memory` mounts a one-file FUSE system, keeps only a descriptor to it and takes the mount out of the tree again, so
-there is never a mount to clean up: the file system lives exactly as long as the VMM maps it and the keeper answers for
-it. Only the instance's uid can open the file; root cannot, short of tracing the VMM.
+there is never a mount to clean up (the descriptor's is a copy of the mount, attached nowhere): the file system lives
+exactly as long as the VMM maps it and the keeper answers for it. Only the instance's uid can open the file; root
+cannot, short of tracing the VMM.
 
 A wake touches about the same pages every time. The image carries the list of those (the working set), and two threads
 place them in the kernel's page cache ahead of the guest (`FUSE_NOTIFY_STORE`), while the VMM is still starting. What
@@ -27,6 +28,7 @@ from mvm.core.errors import IntegrityError, MissingPrerequisite, MvmError
 from mvm.hostd import sealing
 from mvm.hostd.sealing import CHUNK, PAGE, SealedImage, load_working_set, save_working_set
 from mvm.hostd.vmm.driver import GuestMemory
+from mvm.linux import mount_tree
 from mvm.linux.fuse import ROOT_NODE, FileServer, mount_file
 from mvm.linux.mount import detach
 from mvm.linux.procmem import ProcessMemory
@@ -200,7 +202,8 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
         ) from error
     try:
         try:
-            handle = os.open(mountpoint, os.O_PATH | os.O_CLOEXEC)
+            # A mount of its own, attached nowhere: it can be opened through the descriptor, and attached in a jail.
+            handle = mount_tree.open_tree(str(mountpoint))
         finally:
             detach(mountpoint)
             mountpoint.unlink()

@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 PAGE = 4096
 _SWAPPED = 1 << 62
@@ -124,6 +126,60 @@ class ProcessMemory:
         os.close(self._pagemap)
 
     def __enter__(self) -> ProcessMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Span(NamedTuple):
+    """A part of somebody's memory: `size` bytes from `offset` on are at `address` in the process."""
+
+    offset: int
+    address: int
+    size: int
+
+
+class SpannedMemory:
+    """Several spans of one process, each beginning where the one before ends, as one piece of memory.
+
+    Same methods and errors as `ProcessMemory`. ValueError for spans that leave a gap.
+    """
+
+    def __init__(self, pid: int, spans: Sequence[Span]) -> None:
+        self.size = 0
+        self._parts: list[tuple[int, ProcessMemory]] = []
+        with ExitStack() as opened:
+            for span in spans:
+                if span.offset != self.size:
+                    raise ValueError("the spans leave a gap")
+                part = opened.enter_context(ProcessMemory(pid, span.address, span.size))
+                self._parts.append((span.offset, part))
+                self.size += span.size
+            self._opened = opened.pop_all()
+
+    def dirty_runs(self) -> Iterator[tuple[int, int]]:
+        """Runs (first page, page count), in order; none crosses from one span into the next."""
+        for offset, part in self._parts:
+            for first, count in part.dirty_runs():
+                yield offset // PAGE + first, count
+
+    def present_pages(self) -> bytearray:
+        return bytearray().join(part.present_pages() for _, part in self._parts)
+
+    def read_into(self, offset: int, buffer: memoryview | bytearray) -> None:
+        view = memoryview(buffer)
+        if offset < 0 or offset + len(view) > self.size:
+            raise ValueError("read outside the span")
+        for start, part in self._parts:
+            first, last = max(offset, start), min(offset + len(view), start + part.size)
+            if first < last:
+                part.read_into(first - start, view[first - offset : last - offset])
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> SpannedMemory:
         return self
 
     def __exit__(self, *exc: object) -> None:

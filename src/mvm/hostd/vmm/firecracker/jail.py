@@ -1,0 +1,116 @@
+"""Firecracker's jail, and the names of everything in it: pure.
+
+    <root>/firecracker/<id>/root/     what the jailer pivots into; all of it in memory that dies with the VMM
+        vmlinux, initrd, rootfs       the revision's files, bound read-only
+        data                          a node of the data disk's own device
+        secrets                       a copy of the secrets disk
+        memory                        the pager's file, for a wake
+        run/                          `<runtime>/vmm` of the host, so that the host sees the sockets and pipes in it
+            api.sock, vsock.sock      made by the VMM
+            log, metrics              pipes, read by the keeper
+        snapshot                      the device state to load; snapshot.new: the one that was saved
+
+A jail is made for one start or one wake and never used again. It is in a mount namespace of the jailer's own, so it is
+gone with the VMM, by whatever hand. `root` stays empty on the host. The VMM's uid may make any name in its root and in
+`run`: whoever follows one from outside does not follow links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from mvm.core.errors import MissingPrerequisite
+from mvm.core.fc_config import FcPaths
+from mvm.hostd.jail import Bind, Copy, Jail
+from mvm.hostd.vmm.driver import Drive, Machine
+
+EXECUTABLE: Final = "firecracker"
+RUN: Final = "vmm"
+"""The directory of the VMM's uid in the instance's runtime directory."""
+API, VSOCK, LOG, METRICS = "api.sock", "vsock.sock", "log", "metrics"
+MEMORY: Final = "/memory"
+STATE_IN, STATE_OUT = "snapshot", "snapshot.new"
+FILTER: Final = "/seccomp.bpf"
+NO_FILE: Final = "/"
+"""Where guest memory is to be written on a save: nothing can open a directory for writing."""
+
+PATHS: Final = FcPaths(
+    kernel="/vmlinux", initrd="/initrd", rootfs="/rootfs", data="/data", secrets="/secrets",
+    vsock=f"/run/{VSOCK}", log=f"/run/{LOG}", metrics=f"/run/{METRICS}",
+)  # fmt: skip
+
+
+class Programs(msgspec.Struct, frozen=True):
+    """`filter_file`: a compiled seccomp filter to use in the place of the built-in one."""
+
+    firecracker: Path
+    jailer: Path
+    filter_file: Path | None = None
+
+
+def instance_name(machine: Machine) -> str:
+    """What the jailer and the VMM's log call it: letters, digits and hyphens, 64 at most."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c == "-") else "-" for c in machine.name)
+    return kept[-64:]
+
+
+def command(programs: Programs, machine: Machine, root: Path) -> list[str]:
+    """The jailer's argument list. Without `--cgroup` it leaves the process where the keeper has put it."""
+    extra = [] if programs.filter_file is None else ["--seccomp-filter", FILTER]
+    return [
+        str(programs.jailer), "--id", instance_name(machine), "--exec-file", str(programs.firecracker),
+        "--uid", str(machine.uid), "--gid", str(machine.gid), "--chroot-base-dir", str(root),
+        "--cgroup-version", "2", *_cgroup(machine),
+        "--", "--api-sock", f"/run/{API}", "--log-path", f"/run/{LOG}", *extra,
+    ]  # fmt: skip
+
+
+def _cgroup(machine: Machine) -> Sequence[str]:
+    if machine.cgroup is None:
+        return ()
+    # Relative to the hierarchy's root; the jailer moves itself there, where the keeper has put it already.
+    return ("--parent-cgroup", str(machine.cgroup).removeprefix("/sys/fs/cgroup/"))
+
+
+def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -> Jail:
+    """`memory`: a descriptor of the guest's memory, for a wake. MissingPrerequisite for a disk it cannot open."""
+    top = f"/{programs.firecracker.name}/{instance_name(machine)}/root"
+    binds = [Bind(str(machine.runtime / RUN), f"{top}/run", read_only=False)]
+    copies: list[Copy] = []
+    if memory is None:
+        binds += [
+            Bind(str(machine.kernel), top + PATHS.kernel),
+            Bind(str(machine.initrd), f"{top}{PATHS.initrd}"),
+        ]
+    else:
+        binds.append(Bind(f"/proc/self/fd/{memory}", top + MEMORY))
+    if programs.filter_file is not None:
+        binds.append(Bind(str(programs.filter_file), top + FILTER))
+    for drive in machine.drives:
+        target = f"{top}/{drive.id}"
+        if drive.id == "rootfs":
+            binds.append(Bind(drive.path, target))
+        else:
+            copies.append(_disk(machine, drive, target))
+    return Jail(
+        root=root,
+        binds=tuple(binds),
+        copies=tuple(copies),
+        # Not `net`: taps are opened by name, on the host's bridges. Not `pid`: the keeper's is the VMM's as well.
+        namespaces=frozenset({"mount", "ipc", "uts"}),
+        pivot=False,
+    )
+
+
+def _disk(machine: Machine, drive: Drive, target: str) -> Copy:
+    if drive.key_fd is not None:
+        raise MissingPrerequisite(
+            "Firecracker cannot open an encrypted data disk by itself",
+            details=f"{drive.path} is a LUKS volume, and this host's kernel has no dm-crypt to open it with.",
+            resolution='Load the module (modprobe dm-crypt), or let QEMU run it: driver = "qemu" below [vmm].',
+        )
+    return Copy(drive.path, target, machine.uid, machine.gid, 0o400 if drive.read_only else 0o600)
