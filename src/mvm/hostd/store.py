@@ -223,3 +223,7 @@ class Store:
         path = self.instance_paths(record.id).state
         ensure_dir(path.parent)
         write_atomic(path, encode_record(record))
+        if record.generation == 0:
+            # Whoever made these directories may have died before he synced their names. Everything later lies below.
+            for folder in (path.parent.parent, self.tenant_dir(record.id.tenant), self.tenants_dir):
+                fsync_dir(folder)

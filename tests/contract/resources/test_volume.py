@@ -178,6 +178,27 @@ def test_growing_keeps_what_is_there(image: Path, provider: DevelopmentKeyProvid
 
 
 @pytest.mark.req("L7", "S6")
+def test_a_wipe_cut_short_leaves_a_whole_key_or_none(
+    image: Path, monkeypatch: pytest.MonkeyPatch, provider: DevelopmentKeyProvider
+) -> None:
+    """A key that is there and opens nothing would keep an image for ever that no instance can start with."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(fd: int) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_overwrite", killed)
+        with pytest.raises(Killed):
+            volume.wipe(image)
+    assert not volume.key_path(image).exists()
+    volume.wipe(image)
+    assert os.listdir(image.parent) == []
+
+
+@pytest.mark.req("L7", "S6")
 def test_wipe_takes_the_key_first(
     image: Path, monkeypatch: pytest.MonkeyPatch, provider: DevelopmentKeyProvider
 ) -> None:
@@ -192,7 +213,8 @@ def test_wipe_takes_the_key_first(
     witness = image.parent.parent / "witness"
     os.link(image, witness)
     volume.wipe(image)
-    assert order == [volume.KEY_NAME, volume.IMAGE_NAME]
+    assert order[0].startswith(f".tmp-{volume.KEY_NAME}")
+    assert order[1:] == [volume.IMAGE_NAME]
     assert os.listdir(image.parent) == []
     assert witness.read_bytes() == bytes(SIZE + volume.PAYLOAD_OFFSET)
     volume.wipe(image)

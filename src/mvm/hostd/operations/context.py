@@ -21,6 +21,7 @@ from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import Store
 from mvm.hostd.vmm.driver import Driver, Vm
 from mvm.linux import pidfd
+from mvm.linux.files import fsync_dir
 from mvm.linux.mount import detach, mounts_below
 
 BOOT_S = 180.0
@@ -238,3 +239,5 @@ class Context:
         self.sweep_snapshots()
         if self.paths.snapshots.is_dir():
             sealing.destroy(self.paths.latest)
+            # Also where somebody removed it before: if he died before he synced that, a power loss would bring it back.
+            fsync_dir(self.paths.snapshots)

@@ -282,11 +282,23 @@ def grow(image: Path, size: int) -> None:
 
 
 def wipe(image: Path) -> None:
-    """Destroy the disk: the key first, then what is stored of the image, then its name. Absent is done."""
-    if image.parent.is_dir():
-        files.sweep_temporaries(image.parent)
-        files.wipe(key_path(image))
-        files.wipe(image)
+    """Destroy the disk: the key first, then what is stored of the image, then its name. Absent is done.
+
+    The key loses its name before its bytes: cut short, this leaves a whole key or none, never one that is there
+    and opens nothing, which would keep an image that nobody can use and nobody replaces.
+    """
+    folder = image.parent
+    if not folder.is_dir():
+        return
+    key = key_path(image)
+    if os.path.lexists(key):
+        os.rename(key, files.temporary_beside(key))
+        files.fsync_dir(folder)
+    for name in os.listdir(folder):
+        if name.startswith(f"{files.TEMPORARY_PREFIX}{KEY_NAME}"):
+            files.wipe(folder / name)
+    files.sweep_temporaries(folder)
+    files.wipe(image)
 
 
 def require_space(folder: Path, size: int) -> None:
