@@ -30,6 +30,7 @@ class Shipped(NamedTuple):
 FILES: Final = (
     Shipped("mvm.sysusers", SYSUSERS),
     Shipped("mvm.tmpfiles", TMPFILES),
+    Shipped("09-mvm.rules", Path("/etc/udev/rules.d/09-mvm.rules")),
     Shipped("mvm.slice", _UNITS / "mvm.slice"),
     Shipped(SOCKET, _UNITS / SOCKET),
     Shipped(SERVICE, _UNITS / SERVICE),

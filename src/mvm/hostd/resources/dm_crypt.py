@@ -9,9 +9,9 @@ with its last user. So a disk is locked the moment its VMM ends, by whatever han
 command killed between opening the disk and starting the VM leaves nothing, but for the moment between cryptsetup's last
 call and ours, after which `close` finds it. The loop device below is cryptsetup's and goes with the mapping by itself.
 
-udev is kept out of it (`DM_DISABLE_UDEV`): its rules would have root parse what the guest wrote, and make names like
-/dev/disk/by-label/... that the guest chooses. The node is the kernel's own, /dev/dm-N; where cryptsetup makes a second
-one, /dev/mapper/mvm-..., it is removed at once, so that it cannot outlive the mapping and lead to another.
+udev is kept out of it (`udev`), and not waited for (`DM_DISABLE_UDEV`). The node is the kernel's own, /dev/dm-N; where
+cryptsetup makes a second one, /dev/mapper/mvm-..., it is removed at once, so that it cannot outlive the mapping and
+lead to another.
 
 Names are the host's, not the state root's: a mapping is ours if the image below it lies in the instance's directory of
 volumes. Another root's is never touched.
@@ -25,6 +25,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mvm.core.errors import Busy, Conflict, IntegrityError, VmmError
+from mvm.hostd.resources import udev
 from mvm.linux import device_mapper, process
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def open_mapping(image: Path, vm_name: str, phrase: SecretBytes, *, offset: int,
             details=f"{other.path} is open over {other.image or 'something else'}.",
             resolution="An instance of the same name runs from another state root; stop it there.",
         )
+    udev.keep_out()
     process.run(render_open(image, name), stdin=bytes(phrase.view()), timeout=_OPEN_S, env=WITHOUT_UDEV)
     fd = -1
     try:
