@@ -111,6 +111,8 @@ def enter(jail: Jail) -> None:
 
 def prepare(jail: Jail) -> None:
     """Build the jail at `root`, in a mount namespace of its own. The descriptors that binds name stay open."""
+    # The daemon's would close every directory to the VMM, which is not root in here.
+    umask = os.umask(0o022)
     trees: list[tuple[Bind, int, int]] = []
     sources: list[tuple[Copy, int]] = []
     try:
@@ -131,6 +133,7 @@ def prepare(jail: Jail) -> None:
         for copy, source in sources:
             _copy(copy, source, f"{jail.root}{copy.target}")
     finally:
+        os.umask(umask)
         for _, source in sources:
             os.close(source)
         for _, tree, _ in trees:
