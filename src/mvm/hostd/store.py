@@ -222,8 +222,9 @@ class Store:
     def save_record(self, record: InstanceRecord) -> None:
         path = self.instance_paths(record.id).state
         ensure_dir(path.parent)
-        write_atomic(path, encode_record(record))
         if record.generation == 0:
-            # Whoever made these directories may have died before he synced their names. Everything later lies below.
+            # Whoever made these directories may have died before he synced their names. Once there is a record, they
+            # are durable, and so is what is synced below them.
             for folder in (path.parent.parent, self.tenant_dir(record.id.tenant), self.tenants_dir):
                 fsync_dir(folder)
+        write_atomic(path, encode_record(record))
