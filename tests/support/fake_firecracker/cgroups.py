@@ -34,9 +34,7 @@ class Cgroups:
         if not values and int(version) != 2:
             return
         v2, v1 = self._hierarchies(proc_mounts)
-        if int(version) not in (1, 2):
-            raise refusal(f"{version} is an invalid cgroup version specifier")
-        if (int(version) == 2 and not v2) or (int(version) == 1 and not v1):
+        if not {"1": v1, "2": v2}.get(version):
             raise refusal("Hierarchy not found: No hierarchy found for this cgroup version.")
         if not values:
             self._move(os.path.join(v2, parent))
