@@ -171,6 +171,56 @@ def test_a_member_verifies_the_network(open_world: DaemonWorld) -> None:
     assert "--active needs root" in active.stderr
 
 
+@pytest.mark.req("L1", "L5")
+def test_a_member_destroys_starts_again_and_wipes_what_was_kept(open_world: DaemonWorld) -> None:
+    world = open_world
+    plan = world.plan()
+    world.client.create_instance(plan)
+    disk = world.paths(plan).data_disk
+    assert cli(world, "instance", "destroy", "acme/default-0", "--yes").returncode == 0
+    assert disk.exists()
+    again = cli(world, "tenant", "run", "acme")
+    assert (again.returncode, again.stdout) == (0, "acme/default-0 is running at 10.240.1.2.\n"), again.stderr
+    assert cli(world, "instance", "destroy", "acme/default-0", "--yes").returncode == 0
+    # There is no record of it any more, and its volume is not a member's to see; the daemon finds it.
+    assert cli(world, "instance", "destroy", "acme/default-0", "--yes", "--wipe-volumes").returncode == 0
+    assert not disk.exists()
+    slip = cli(world, "instance", "destroy", "acme/wbe-0", "--yes")
+    assert slip.returncode == 10
+    assert "acme has no pool wbe" in slip.stderr
+
+
+@pytest.mark.req("O1")
+def test_what_a_member_learns_of_the_node(open_world: DaemonWorld) -> None:
+    world = open_world
+    world.client.attach_drives(world.plan())
+    told = cli(world, "node", "info", "--output", "json")
+    assert told.returncode == 0, told.stderr
+    node = json.loads(told.stdout)
+    assert node["node_id"] == world.store.node_id()
+    assert node["root"] == str(world.store.root)
+    assert node["instances"] == {"created": 1}
+    assert any("only root" in text for text in node["unseen"])
+    stranger = json.loads(cli(world, "node", "info", "--output", "json", gid=9999).stdout)
+    assert stranger["instances"] == {}
+    assert any("does not talk to this user" in text for text in stranger["unseen"])
+    probe = cli(world, "node", "info", "--probe")
+    assert (probe.returncode, probe.stdout) == (15, "")
+    assert "--probe needs root" in probe.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ("tenant", "list"), ("tenant", "show", "acme"), ("tenant", "run", "acme"), ("tenant", "logs", "acme"),
+    ("instance", "list"), ("pool", "list"), ("net", "verify"), ("audit", "verify"), ("tenant", "build", "acme"),
+])  # fmt: skip
+def test_a_stranger_is_told_so_and_nothing_else(open_world: DaemonWorld, words: tuple[str, ...]) -> None:
+    done = cli(open_world, *words, gid=9999)
+    assert (done.returncode, done.stdout) == (15, "")
+    assert done.stderr.startswith("error: ")
+    assert "sudo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # How much one user can take.
 
 

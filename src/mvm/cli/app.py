@@ -64,7 +64,7 @@ class App:
 
     def tenant_rows(self) -> Iterator[TenantRow]:
         """Every tenant, in order."""
-        if (member := self._member()) is not None:
+        if (member := self.member()) is not None:
             return member.tenant_rows()
         from mvm.standalone import views
 
@@ -72,7 +72,7 @@ class App:
 
     def instance_rows(self, tenant: TenantId | None) -> Iterator[InstanceRow]:
         """The instances of one tenant, which must exist, or of all."""
-        if (member := self._member()) is not None:
+        if (member := self.member()) is not None:
             return member.instance_rows(tenant)
         from mvm.standalone import views
 
@@ -80,7 +80,7 @@ class App:
 
     def pool_rows(self, tenant: TenantId | None) -> Iterator[PoolRow]:
         """The pools of one tenant, which must exist, or of all."""
-        if (member := self._member()) is not None:
+        if (member := self.member()) is not None:
             return member.pool_rows(tenant)
         from mvm.standalone import views
 
@@ -93,7 +93,8 @@ class App:
             return [str(tenant)]
         return [str(t) for t in store.tenants()]
 
-    def _member(self) -> MemberNode | None:
+    def member(self) -> MemberNode | None:
+        """The node as mvm-hostd shows it, where this user sees no other."""
         if not self.by_daemon():
             return None
         from mvm.standalone.remote import MemberNode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,11 @@ import msgspec
 
 from mvm.cli.app import App, aligned, pass_app
 from mvm.cli.base import LazyGroup, command
+from mvm.core.errors import MissingPrerequisite, MvmError
 
 if TYPE_CHECKING:
     from mvm.hostd.inspect.node import NodeInfo
+    from mvm.standalone.remote import MemberNode
 
 group = LazyGroup(
     "node",
@@ -32,16 +36,44 @@ def info(app: App, probe: bool) -> None:
     Instances are counted as last recorded. Without root less is visible, and it says what.
     """
     from mvm.hostd.inspect.node import read_node
+    from mvm.hostd.store import Store
     from mvm.hostd.vmm.qemu.driver import QemuDriver
     from mvm.standalone import compose
 
-    store = app.node().store if probe else app.store()
+    if probe and os.geteuid() != 0:
+        raise MissingPrerequisite(
+            "--probe needs root",
+            details="It boots a guest's kernel, and keeps what it found out.",
+            resolution="Run the command with sudo, or without --probe.",
+        )
+    store = app.store() if not probe else app.node().store
+    member = app.member()
+    if member is not None:
+        store = Store(Path(app.root))  # what of it can be seen; the rest is the daemon's to tell
     keys = compose.key_provider(Path(app.root))
     found = read_node(store, keys, QemuDriver(compose.CACHE), compose.CACHE, probe=probe)
+    if member is not None:
+        found = told_by_daemon(found, member)
     if app.json:
         app.answer(msgspec.structs.asdict(found))
         return
     click.echo("\n".join(rendered(found)))
+
+
+def told_by_daemon(found: NodeInfo, member: MemberNode) -> NodeInfo:
+    """With what mvm-hostd says that this user cannot read; as it is, and saying so, if it does not answer."""
+    try:
+        lines = member.recorded()
+        node_id = member.node_id()
+    except MvmError as error:
+        unseen = (*found.unseen, f"what mvm-hostd could tell: {error.brief}")
+        return msgspec.structs.replace(found, unseen=unseen)
+    counts = dict(Counter(line.state for line in lines))
+    unseen = tuple(text for text in found.unseen if not text.startswith(("node id", "tenants")))
+    networks = "networks of tenants: only root can see this: sudo mvm node info"
+    return msgspec.structs.replace(
+        found, node_id=node_id, instances=counts, unseen=(*unseen, networks) if not found.networks else unseen
+    )
 
 
 def rendered(node: NodeInfo) -> list[str]:

@@ -140,22 +140,31 @@ class Host:
 
         A tenant that is destroyed meanwhile must not keep a VM that nobody can name, and who destroys it does not hold
         this instance's lock. That one leaves its mark and then looks for records; here the record comes first and then
-        the look for the mark: one of the two sees what the other did.
+        the look for the mark: one of the two sees what the other did. It is the same for two instances that want one
+        address.
         """
         record = records.new_record(plan.instance, plan.network, now_ns=time.time_ns())
         try:
-            self._refuse_destroyed(plan)
+            self._refuse_outdated(plan)
             self._store.save_record(record)
             self._fault("record made")
-            self._refuse_destroyed(plan)
+            self._refuse_outdated(plan)
         except MvmError:
             remove_remains(self._store.instance_paths(plan.instance), wipe_volumes=False)
             raise
         return record
 
-    def _refuse_destroyed(self, plan: InstancePlan) -> None:
+    def _refuse_outdated(self, plan: InstancePlan) -> None:
         tenant = plan.instance.tenant
         self._store.refuse_destroyed(tenant)
+        # Two that are first started at once may have been planned with one slot; then neither has it.
+        for other in self._store.instances(tenant):
+            if other != plan.instance and self._slot(other) == plan.network.slot:
+                raise Conflict(
+                    f"{plan.instance} cannot have the address {plan.network.ip}",
+                    details=f"It belongs to {other}.",
+                    resolution="Ask again.",
+                )
         # Subnets are never given out twice: one of the same name with another is another tenant.
         indices = [lease.index for lease in self._store.load_allocations().leases if lease.tenant == tenant]
         if indices not in ([], [plan.network.index]):
@@ -164,6 +173,12 @@ class Host:
                 details=f"The plan is for subnet {plan.network.index}; it has {indices[0]} now.",
                 resolution="Ask again.",
             )
+
+    def _slot(self, instance: InstanceId) -> int | None:
+        try:
+            return self._store.load_record(instance).network.slot
+        except NotFound:
+            return None  # gone since it was listed
 
     def _recovered(
         self, instance: InstanceId, progress: Progress, plan: InstancePlan | None

@@ -181,6 +181,12 @@ class Standalone:
 
         return instances.act(self, who, action, progress)
 
+    def reserve(self, spec: TenantSpec, instance: InstanceId, index: int) -> int:
+        """A slot in the tenant's subnet for an instance that has no record."""
+        from mvm.standalone import instances
+
+        return instances.reserve(self, spec, instance, index)
+
     def destroy_instance(
         self, instance: InstanceId, *, wipe_volumes: bool, progress: Progress = no_progress
     ) -> bool:

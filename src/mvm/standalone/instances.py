@@ -235,11 +235,17 @@ def _plan(
         plan_instance(
             spec, instance.pool, instance.ordinal, revision, index, _any_slot(spec, instance, index)
         )
-        with node.store.tenant_lock(spec.id):
-            add_records(node, spec, index, [instance])
-        record = node.store.load_record(instance)
-    net = record.network
-    return plan_instance(spec, instance.pool, instance.ordinal, revision, net.index, net.slot)
+        slot = node.reserve(spec, instance, index)
+    else:
+        index, slot = record.network.index, record.network.slot
+    return plan_instance(spec, instance.pool, instance.ordinal, revision, index, slot)
+
+
+def reserve(node: Standalone, spec: TenantSpec, instance: InstanceId, index: int) -> int:
+    """A slot for an instance that has no record, which it has then."""
+    with node.store.tenant_lock(spec.id):
+        add_records(node, spec, index, [instance])
+    return node.store.load_record(instance).network.slot
 
 
 def _any_slot(spec: TenantSpec, instance: InstanceId, index: int) -> int:

@@ -14,18 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
-from mvm.core.addressing import Allocations, Lease
+from mvm.core.addressing import Allocations, Lease, locate
 from mvm.core.audit import AuditEntry, Verified
 from mvm.core.errors import Conflict, MissingPrerequisite
 from mvm.core.history import History
 from mvm.core.ids import InstanceId, TenantId
 from mvm.core.lifecycle import Action, State, command_for
+from mvm.core.plan import slot_for
 from mvm.core.record import InstanceRecord
 from mvm.core.spec import TenantSpec
 from mvm.hostd.guest_channel import GuestChannel, PortLease
 from mvm.hostd.store import Store
 from mvm.linux.stream import UnixStream
 from mvm.standalone.facade import Standalone
+from mvm.standalone.views import UNREADABLE
 from mvm.wire.executor import Progress, no_progress
 from mvm.wire.hostd_api import Purpose
 from mvm.wire.hostd_client import HostdClient
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mvm.standalone.facade import ReadConsole
     from mvm.standalone.net import Report
     from mvm.standalone.views import InstanceRow, PoolRow, TenantRow
+    from mvm.wire.hostd_api import InstanceLine
 
 _NOWHERE = Path("/nonexistent/mvm")
 
@@ -171,6 +174,30 @@ class MemberNode(Standalone):
         from mvm.standalone import member_views
 
         return member_views.pools(self._client, tenant)
+
+    def node_id(self) -> str:
+        return self._client.ping().node
+
+    def recorded(self) -> list[InstanceLine]:
+        """Every instance as recorded."""
+        return self._client.list_instances()
+
+    def reserve(self, spec: TenantSpec, instance: InstanceId, index: int) -> int:
+        """A free slot. Nobody keeps it: if somebody else is faster, the daemon refuses the plan as a conflict."""
+        lines = self._client.list_instances(spec.id)
+        taken = frozenset(locate(line.ip)[1] for line in lines if line.state != UNREADABLE)
+        return slot_for(spec, instance, index, taken)
+
+    def destroy_instance(
+        self, instance: InstanceId, *, wipe_volumes: bool, progress: Progress = no_progress
+    ) -> bool:
+        spec = self.spec(instance.tenant)
+        there = instance in self.store.instances(instance.tenant)
+        if not there and all(pool.id != instance.pool for pool in spec.pools):
+            spec.pool(instance.pool)  # raises: more likely a slip than a second try
+        if there or wipe_volumes:  # of an earlier one, whose volume the daemon may still find
+            self._client.destroy_instance(instance, wipe_volumes=wipe_volumes, progress=progress)
+        return there
 
     def create(self, *_: Any) -> NoReturn:
         _needs_root()

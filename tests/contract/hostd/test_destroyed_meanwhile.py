@@ -8,9 +8,9 @@ from tests.support.fake_world import FakeWorld
 from tests.unit.standalone.fakes import FakeWorkshop, FileLog
 
 from mvm.core.errors import Conflict, NotFound
-from mvm.core.ids import TenantId
+from mvm.core.ids import InstanceId, PoolId, TenantId
 from mvm.core.plan import InstancePlan, plan_instance
-from mvm.core.record import InstanceRecord
+from mvm.core.record import InstanceRecord, network_identity, new_record
 from mvm.core.spec import TenantSpec
 from mvm.hostd.host import Host
 from mvm.hostd.store import Store
@@ -68,6 +68,36 @@ def test_no_vm_is_left(world: FakeWorld, when: str) -> None:
     with pytest.raises(NotFound):
         world.store.load_spec(ACME)
     assert not (world.store.tenant_dir(ACME) / "destroying").exists()
+
+
+class Twin(Store):
+    """Has another instance with the same slot recorded just before, or just after, the start's first record."""
+
+    def __init__(self, world: FakeWorld, twin: InstanceRecord, *, first: bool) -> None:
+        super().__init__(world.store.root)
+        self._twin: InstanceRecord | None = twin
+        self._first = first
+
+    def save_record(self, record: InstanceRecord) -> None:
+        twin, self._twin = self._twin, None
+        if twin is not None and self._first:
+            super().save_record(twin)
+        super().save_record(record)
+        if twin is not None and not self._first:
+            super().save_record(twin)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_no_two_instances_get_one_address(world: FakeWorld, first: bool) -> None:
+    """Two first starts that were planned at the same moment: admission has seen neither's record."""
+    plan = world.plan()
+    other = InstanceId(ACME, PoolId("default"), 7)
+    twin = new_record(other, network_identity(other, plan.network.index, plan.network.slot), now_ns=1)
+    host = Host(Twin(world, twin, first=first), world.keys, world.driver)
+    with pytest.raises(Conflict, match="cannot have the address"):
+        host.create_instance(plan)
+    assert world.store.instances(ACME) == [other]
+    world.assert_nothing_runs(plan)
 
 
 def test_created_again_after_it_was_interrupted_at_the_very_end(world: FakeWorld) -> None:
