@@ -6,11 +6,14 @@ It exists so that a VM depends on no command and no daemon of ours, and leaves n
   descriptors under fixed numbers;
 - it drains the guest's console and the VMM's own words into logs of bounded size (a guest can make both go on for ever;
   the disk is not its to fill);
+- once the VMM runs it has no capability and can gain none, before that none in the threads that serve pages (where
+  there are no PID namespaces it keeps CAP_KILL, by which its death reaches the VMM);
 - it serves the pages of a woken VM (`serve`), so the key of one snapshot is in one process and dies with it;
 - when the VMM ends it writes `vmm.exit` (the wait status in decimal) into the runtime directory, and ends itself;
 - both hold a lock on `runtime/alive` from before the fork, so the kernel can say whether anything of a VM is left
   (`anything_left`), whatever became of the command that started it;
-- when the keeper dies, the VMM gets SIGKILL (PR_SET_PDEATHSIG), and a page it waits for fails instead of hanging.
+- when the keeper dies, the VMM gets SIGKILL, and a page it waits for fails instead of hanging: the keeper is the first
+  process of a PID namespace that the VMM's is in, and where there is none, PR_SET_PDEATHSIG says so.
 
 It is forked, not executed: at a wake, starting another interpreter would take longer than reading the guest's memory.
 So the caller must have a single thread at that moment. The child closes every descriptor but those it is given.
@@ -36,7 +39,7 @@ from mvm.core.errors import Busy, Conflict, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd import jail as jails
 from mvm.hostd.bounded_log import BoundedLog, drain, tail
-from mvm.linux import hugepages, namespaces, seccomp
+from mvm.linux import capabilities, hugepages, namespaces, seccomp
 from mvm.linux.files import write_atomic
 from mvm.linux.pidfd import identify
 from mvm.linux.process import clean_environment, wait_readable
@@ -60,8 +63,8 @@ _NOT_FOR_US = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, sig
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-Serve = Callable[[int, threading.Event], None]
-"""Answers for a file, in a thread of its own: given the VMM's pid, and an event that is set once the kernel knows the
+Serve = Callable[[threading.Event], None]
+"""Answers for a file, in a thread of its own without capabilities: given an event that is set once the kernel knows the
 file's size. Before that nothing may be stored in the file: FUSE_NOTIFY_STORE extends a file it takes for empty, and the
 answer that would correct it is then dropped as older."""
 
@@ -74,9 +77,9 @@ class Program(msgspec.Struct, frozen=True):
     the directory of a control group (v2), which the VMM joins before anything else.
 
     A program that changes its uid by itself is `owner`'s (uid, gid) in the end, and starts as `uid`. By that it loses
-    the death signal that ties it to its keeper, so it has to be `tied`: both in a PID namespace of which the keeper is
-    the first process, and with which all in it end. `lock_fd`: where the VMM holds the lock; 0 for a program that
-    closes everything from 3 on.
+    the death signal that ties it to its keeper, so it has to be `tied` whether it has a jail or not: both in a PID
+    namespace of which the keeper is the first process, and with which all in it end. `lock_fd`: where the VMM holds the
+    lock; 0 for a program that closes everything from 3 on.
     """
 
     argv: Sequence[str]
@@ -116,11 +119,11 @@ def launch(
         try:
             os.close(ready)
             os.setsid()
-            if program.tied:
-                namespaces.unshare(("pid",))
+            tied = _tie(program)
             if os.fork() == 0:
                 _keeper(
                     program,
+                    tied,
                     runtime,
                     {console.fileno(): None, **(logs or {})},
                     errors,
@@ -246,8 +249,22 @@ def _is_keeper(pid: int) -> bool:
         return False
 
 
+def _tie(program: Program) -> bool:
+    """Have the next child be the first process of a PID namespace: the kernel ends all of it with the first."""
+    if not program.tied and (program.jail is None or "pid" not in program.jail.namespaces):
+        return False
+    try:
+        namespaces.unshare(("pid",))
+    except OSError:
+        if program.tied or program.jail is None or program.jail.required:
+            raise
+        return False  # the jail will come to the same answer, and say so
+    return True
+
+
 def _keeper(
     program: Program,
+    tied: bool,
     runtime: Path,
     sources: Mapping[int, Path | None],
     errors: Path,
@@ -284,10 +301,13 @@ def _keeper(
         kept = {0, 1, 2, tell, alive, pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
         _close_all_but({*kept, *keep})
         known = threading.Event()
+        # A death signal is sent with the rights of the one that dies; a PID namespace needs none.
+        rights = () if tied else ("KILL",)
         if serve is not None:
             for _ in range(2):  # one thread may wait for a chunk while the other answers
-                threading.Thread(target=_serve_or_die, args=(serve, vmm, known), daemon=True).start()
+                threading.Thread(target=_serve_or_die, args=(serve, known, rights), daemon=True).start()
         problem = _hear(hears, runtime, known)
+        _give_up(rights)
         os.write(tell, problem or f"ok {vmm} {keeper}".encode())
         os.close(tell)
         drain(logs, pidfd)
@@ -340,10 +360,16 @@ def _note_unjailed(runtime: Path, why: str) -> None:
         file.write(f"{why}\n")
 
 
-def _serve_or_die(serve: Serve, vmm: int, known: threading.Event) -> None:
+def _give_up(rights: Sequence[str]) -> None:
+    capabilities.give_up(rights)
+    seccomp.forbid()
+
+
+def _serve_or_die(serve: Serve, known: threading.Event, rights: Sequence[str]) -> None:
     """A keeper that cannot serve any more ends, and its VMM with it: a guest must not wait for pages for ever."""
     try:
-        serve(vmm, known)
+        _give_up(rights)
+        serve(known)
     except BaseException:
         os._exit(1)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import socket
 import struct
 import threading
 import time
@@ -31,7 +32,7 @@ from mvm.hostd.vmm.driver import GuestMemory
 from mvm.linux import mount_tree
 from mvm.linux.fuse import ROOT_NODE, FileServer, mount_file
 from mvm.linux.mount import detach
-from mvm.linux.procmem import ProcessMemory
+from mvm.linux.procmem import open_file, present_pages
 
 WINDOW_S = 10.0
 """How long after a wake the guest's answer is waited for, to record what it touched until then."""
@@ -39,10 +40,9 @@ WORKING_SET_PAGES = 32768
 """128 MiB: what is decrypted ahead at most."""
 _THREADS = 2
 _RECENT = 8
-_POLL_S = 0.005
-# What the process that wakes the guest and the keeper share: chunks decrypted, and whether the guest has answered.
+_MAPS_BYTES = 1 << 20
+# What the process that wakes the guest and the keeper share: chunks decrypted.
 _COUNT = struct.Struct("<Q")
-_ANSWERED_AT = 64  # a cache line of its own: whoever counts must not write back what the other process set
 _PAGES_PER_CHUNK = CHUNK // PAGE
 
 
@@ -55,16 +55,39 @@ class Pager:
         self._recent: dict[int, bytes | bytearray] = {}
         self._first = threading.Lock()
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        self._tell, self._hear = socket.socketpair()
 
-    def serve(self, vmm: int, known: threading.Event) -> None:
+    def serve(self, known: threading.Event) -> None:
         """Answer the kernel until the file system is gone; the first caller sees to the working set as well."""
         if self._first.acquire(blocking=False):
-            threading.Thread(target=self._ahead, args=(vmm, known), daemon=True).start()
+            threading.Thread(target=self._ahead, args=(known,), daemon=True).start()
         self._server.serve()
 
-    def answered(self) -> None:
-        """The guest has answered: what it has touched by now is its working set."""
-        self._shared[_ANSWERED_AT] = 1
+    def answered(self, vmm: int) -> None:
+        """The guest has answered: what it has touched by now is its working set.
+
+        The keeper has no right any more to look at its VMM, so it is given what it needs for that, open.
+        """
+        opened: list[int] = []
+        try:
+            for name in ("maps", "pagemap"):
+                opened.append(open_file(vmm, name))
+            socket.send_fds(self._tell, [b"a"], opened)
+        except OSError:
+            return  # the VMM or the keeper is gone: nothing is lost but a hint
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What `serve` needs beside the image's."""
+        return (self._server.device, self._hear.fileno())
+
+    def close(self) -> None:
+        """Let go of it in this process."""
+        os.close(self._server.device)
+        self._tell.close()
+        self._hear.close()
 
     def decrypted(self) -> int:
         """Chunks decrypted so far, from any process that shares this pager."""
@@ -103,7 +126,7 @@ class Pager:
             self._recent[number] = found
         return found
 
-    def _ahead(self, vmm: int, known: threading.Event) -> None:
+    def _ahead(self, known: threading.Event) -> None:
         began = time.monotonic()
         wanted = by_chunk(load_working_set(self._image))
         numbers = list(wanted)
@@ -117,16 +140,14 @@ class Pager:
             thread.start()
         for thread in threads:
             thread.join()
-        while not self._shared[_ANSWERED_AT]:
-            if time.monotonic() - began > WINDOW_S:
-                return
-            time.sleep(_POLL_S)
         try:
-            touched = sealing.runs_of(present_pages(vmm, self._image.size))
+            self._hear.settimeout(max(0.001, WINDOW_S - (time.monotonic() - began)))
+            _, (maps, pagemap), *_ = socket.recv_fds(self._hear, 1, 2)
+            touched = sealing.runs_of(mapped_pages(maps, pagemap, self._image.size))
             if touched:
                 save_working_set(self._image, capped(touched, WORKING_SET_PAGES))
-        except (OSError, MvmError):
-            return  # the VMM or the snapshot is gone: nothing is lost but a hint
+        except (OSError, MvmError, ValueError):
+            return  # the VMM, the command or the snapshot is gone: nothing is lost but a hint
 
     def _store(self, numbers: list[int], wanted: dict[int, list[tuple[int, int]]]) -> None:
         """Place the wanted pages of these chunks in the kernel's cache."""
@@ -164,14 +185,16 @@ def capped(runs: list[tuple[int, int]], pages: int) -> list[tuple[int, int]]:
     return kept
 
 
-def present_pages(vmm: int, size: int) -> bytearray:
-    """One byte a page of guest memory, 1 where the VMM has it mapped. Empty if its mapping is not found."""
-    with open(f"/proc/{vmm}/maps") as file:
-        address = find_mapping(file.read(), size)
-    if address is None:
-        return bytearray()
-    with ProcessMemory(vmm, address, size) as memory:
-        return memory.present_pages()
+def mapped_pages(maps: int, pagemap: int, size: int) -> bytearray:
+    """One byte a page of guest memory, 1 where the VMM has it mapped. Empty if its mapping is not found.
+
+    `maps`, `pagemap`: these files of the VMM, open.
+    """
+    text = bytearray()
+    while len(text) < _MAPS_BYTES and (part := os.read(maps, 1 << 16)):
+        text += part
+    address = find_mapping(text.decode("utf-8", "replace"), size)
+    return bytearray() if address is None else present_pages(pagemap, address, size)
 
 
 def find_mapping(maps: str, size: int) -> int | None:
@@ -214,14 +237,14 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
 
     def close() -> None:
         os.close(handle)
-        os.close(device)
+        pager.close()
 
     return GuestMemory(
-        handle, (device, *image.descriptors()), pager.serve, close, pager.decrypted, pager.answered
+        handle, (*pager.descriptors(), *image.descriptors()), pager.serve, close, pager.decrypted, pager.answered
     )
 
 
 def plain_memory(path: Path) -> GuestMemory:
     """An unencrypted image as guest memory: for measuring what encryption costs, never for a tenant."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    return GuestMemory(fd, (), None, lambda: os.close(fd), lambda: 0, lambda: None)
+    return GuestMemory(fd, (), None, lambda: os.close(fd), lambda: 0, lambda vmm: None)

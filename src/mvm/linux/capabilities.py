@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import struct
 from collections.abc import Iterable
 from typing import Final, NamedTuple
@@ -26,6 +27,9 @@ _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_A
 _VERSION_3: Final = 0x20080522
 _HEADER: Final = struct.Struct("Ii")
 _DATA: Final = struct.Struct("6I")
+
+_SETS: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
+_SET: Final = re.compile(r"[0-9a-f]{1,32}")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,10 +62,20 @@ def names(value: int) -> frozenset[str]:
 
 
 def parse_status(text: str) -> Status:
-    """KeyError if a line is missing: a kernel that does not say is not believed."""
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    """KeyError if a line is missing, ValueError if it has not its form: a kernel that does not say is not believed."""
+    lines: dict[str, str] = {}
+    # A process's name may hold what Python takes for a line's end; the kernel escapes none but this one.
+    for line in text.split("\n"):
+        name, colon, value = line.partition(":")
+        if colon:
+            lines.setdefault(name, value.strip())
+    if not all(_SET.fullmatch(lines[f"Cap{kind}"]) for kind in _SETS) or lines["NoNewPrivs"] not in (
+        "0",
+        "1",
+    ):
+        raise ValueError("a set of capabilities or NoNewPrivs")
     inheritable, permitted, effective, bounding, ambient = (
-        names(int(lines[f"Cap{kind}"], 16)) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+        names(int(lines[f"Cap{kind}"], 16)) for kind in _SETS
     )
     return Status(
         inheritable,
@@ -88,12 +102,37 @@ def limit_to(wanted: Iterable[str]) -> None:
     for number in range(64):
         if mask_has(now.bounding, number) and not keep >> number & 1:
             _prctl(_PR_CAPBSET_DROP, number)
-    kept = keep & mask_of(now.permitted)
+    _set(keep & mask_of(now.permitted))
+
+
+def _set(kept: int) -> None:
+    """Permitted and effective; the inheritable set is emptied."""
     low, high = kept & 0xFFFFFFFF, kept >> 32
     header = ctypes.create_string_buffer(_HEADER.pack(_VERSION_3, 0))
     data = ctypes.create_string_buffer(_DATA.pack(low, low, 0, high, high, 0))
     if _libc.capset(header, data) != 0:
         raise _failed("capset")
+
+
+def give_up(keep: Iterable[str] = ()) -> None:
+    """Have none but `keep` in this thread, and be able to gain none: for one that executes nothing any more. OSError.
+
+    The bounding set stays where there is no SETPCAP to empty it; with no_new_privs nothing comes of it.
+    """
+    keep = frozenset(keep)
+    no_new_privs()
+    now = status()
+    if "SETPCAP" in now.effective:
+        limit_to(keep)
+    else:
+        _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+        _set(mask(keep) & mask_of(now.permitted))
+    found = status()
+    if (
+        not keep >= found.permitted | found.effective | found.inheritable | found.ambient
+        or not found.no_new_privs
+    ):
+        raise OSError(1, "the kernel did not take the capabilities away")
 
 
 def mask_has(found: frozenset[str], number: int) -> bool:

@@ -45,6 +45,26 @@ def written_runs(entries: array[int], first_page: int = 0) -> Iterator[tuple[int
         yield start, first_page + len(entries) - start
 
 
+def present_pages(pagemap: int, address: int, size: int) -> bytearray:
+    """One byte a page of the span: 1 where it is mapped. `pagemap`: that file of the process, open. OSError."""
+    pages = size // PAGE
+    present = bytearray(pages)
+    for first in range(0, pages, _ENTRIES_AT_ONCE):
+        found = _entries(pagemap, address // PAGE + first, min(_ENTRIES_AT_ONCE, pages - first))
+        for page, entry in enumerate(found, first):
+            if entry >> 62:
+                present[page] = 1
+    return present
+
+
+def _entries(pagemap: int, first: int, count: int) -> array[int]:
+    entries = array("Q")
+    entries.frombytes(os.pread(pagemap, count * 8, first * 8))
+    if len(entries) != count:
+        raise OSError(5, "pagemap ended early: the process is gone or has unmapped its memory")
+    return entries
+
+
 def open_file(pid: int, name: str) -> int:
     """/proc/<pid>/<name> for reading, as its owner. OSError; ESRCH or ENOENT when the process is gone."""
     path = f"/proc/{pid}/{name}"
@@ -94,20 +114,10 @@ class ProcessMemory:
 
     def present_pages(self) -> bytearray:
         """One byte a page: 1 where the process has the page mapped (read or written), else 0."""
-        pages = self.size // PAGE
-        present = bytearray(pages)
-        for first in range(0, pages, _ENTRIES_AT_ONCE):
-            for page, entry in enumerate(self._entries(first, min(_ENTRIES_AT_ONCE, pages - first)), first):
-                if entry >> 62:
-                    present[page] = 1
-        return present
+        return present_pages(self._pagemap, self.address, self.size)
 
     def _entries(self, first: int, count: int) -> array[int]:
-        entries = array("Q")
-        entries.frombytes(os.pread(self._pagemap, count * 8, (self.address // PAGE + first) * 8))
-        if len(entries) != count:
-            raise OSError(5, "pagemap ended early: the process is gone or has unmapped its memory")
-        return entries
+        return _entries(self._pagemap, self.address // PAGE + first, count)
 
     def read_into(self, offset: int, buffer: memoryview | bytearray) -> None:
         """Fill `buffer` with the bytes at `offset` of the span."""

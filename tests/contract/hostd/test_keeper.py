@@ -17,6 +17,7 @@ from mvm.hostd import keeper
 from mvm.hostd.bounded_log import LOG_BYTES
 from mvm.hostd.jail import Jail
 from mvm.hostd.recovery import read_exit
+from mvm.linux import capabilities
 from mvm.linux.pidfd import is_alive
 
 pytestmark = pytest.mark.root
@@ -105,6 +106,48 @@ def test_the_program_gets_what_it_was_given_and_nothing_else(runtime: Path, star
     assert set(listed) - {"3"} == {"0", "1", "2", "4", "7", "9"}, "3 is the directory that ls reads"
     assert "A_SECRET_OF_OURS" not in said
     assert f"\n{UID}\n{UID}\n0077\n0\n/\n" in said
+
+
+@pytest.mark.req("H3", "H4")
+@pytest.mark.parametrize("jailed", [True, False])
+def test_it_gives_up_its_rights_once_the_vmm_runs(
+    runtime: Path, start: Start, tmp_path: Path, jailed: bool
+) -> None:
+    """In every thread; and it still ends its VMM, turns logs over and writes down how the VMM ended."""
+    jail = Jail(root=tmp_path / "jail", pivot=False) if jailed else None
+    (tmp_path / "jail").mkdir()
+    vmm, parent = start("head -c 1500000 /dev/zero >&4; exec sleep 100", jail=jail)
+    ours = capabilities.status().bounding
+    for thread in os.listdir(f"/proc/{parent.pid}/task"):
+        held = capabilities.status(int(thread))
+        # A parent that is in no PID namespace with its VMM ends it by a signal, which takes a right.
+        kept = frozenset() if jailed else frozenset({"KILL"})
+        assert held.permitted == held.effective == held.bounding == kept < ours
+        assert not held.inheritable
+        assert not held.ambient
+        assert held.no_new_privs
+        assert held.seccomp == 2
+    until = time.monotonic() + 10
+    while not (runtime / "logs" / "console.log.1").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(vmm.pid, signal.SIGKILL)
+    assert keeper.await_end(runtime)
+    assert read_exit(runtime) == signal.SIGKILL
+
+
+@pytest.mark.req("L3", "H3")
+@pytest.mark.parametrize("jailed", [True, False])
+def test_a_vmm_ends_with_its_keeper(runtime: Path, start: Start, tmp_path: Path, jailed: bool) -> None:
+    (tmp_path / "jail").mkdir()
+    vmm, parent = start(
+        "trap '' TERM; sleep 100", jail=Jail(root=tmp_path / "jail", pivot=False) if jailed else None
+    )
+    os.kill(parent.pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while is_alive(vmm):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.req("L7")

@@ -80,7 +80,7 @@ def memory(sealed: Sealed, tmp_path: Path) -> Iterator[GuestMemory]:
         assert made.serve is not None
         known = threading.Event()
         for _ in range(2):
-            threading.Thread(target=made.serve, args=(os.getpid(), known), daemon=True).start()
+            threading.Thread(target=made.serve, args=(known,), daemon=True).start()
         try:
             yield made
         finally:
@@ -221,7 +221,7 @@ def test_the_next_wake_decrypts_ahead_what_this_one_touched(
             assert memory.serve is not None
             known = threading.Event()
             for _ in range(2):
-                threading.Thread(target=memory.serve, args=(child, known), daemon=True).start()
+                threading.Thread(target=memory.serve, args=(known,), daemon=True).start()
             os.close(report)
             assert os.read(done, 1) == b"s"
             assert memory.decrypted() == 0, "nothing is stored before the kernel knows the size"
@@ -231,7 +231,7 @@ def test_the_next_wake_decrypts_ahead_what_this_one_touched(
             (sealed.folder / "working-set").unlink(missing_ok=True)
             os.write(tell, b"1")
             assert os.read(done, 1) == b"0"
-            memory.answered()
+            memory.answered(child)
             wait_for((sealed.folder / "working-set").exists)
             for fd in (begin, tell, done):
                 os.close(fd)

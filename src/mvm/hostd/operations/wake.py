@@ -39,7 +39,9 @@ def wake(context: Context, plan: InstancePlan) -> None:
         try:
             with ExitStack() as opened:
                 machine = opened.enter_context(
-                    assemble(context.store, context.keys, plan, revision, cold=False)
+                    assemble(
+                        context.store, context.keys, plan, revision, cold=False, wants=context.driver.wants
+                    )
                 )
                 fingerprint = context.driver.fingerprint(machine)
                 image = opened.enter_context(open_latest(context, ref, fingerprint))
@@ -71,7 +73,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 # A tenant that never had secrets has none to mount, and mounting is half of the guest's work.
                 wanted = has_secrets(context.store, plan)
                 report = context.tell_awake(remount_secrets=wanted, within_s=AWAKE_S)
-                memory.answered()
+                memory.answered(vm.identity.pid)
                 _check(context, report, secrets=wanted)
                 phases, total = context.watch.stop()
                 decrypted, chunks = memory.decrypted(), image.chunk_count

@@ -17,15 +17,17 @@ Differences between VMMs are in `Capabilities`; there are no methods that some d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
+from mvm.core.fc_config import FcPaths
 from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import Fingerprint
+from mvm.core.spec import SeccompPolicy
 from mvm.hostd.keeper import Serve
 
 CHANNELS = 8
@@ -54,11 +56,24 @@ class Drive(msgspec.Struct, frozen=True):
     device: bool = False
 
 
+class Wants(msgspec.Struct, frozen=True):
+    """What a driver has to be given otherwise than by default.
+
+    `tap_by_name`: the VMM opens its tap by name, so the tap has to be one that stays until it is removed; else it is
+    given as a descriptor, and lives as long as the VMM holds that. `paths`: under which names it will find its files,
+    if they are not the host's.
+    """
+
+    tap_by_name: bool = False
+    paths: FcPaths | None = None
+
+
 class Nic(msgspec.Struct, frozen=True):
-    """The guest's eth0. `fd`: an open tap, already on its bridge; the tap lives as long as the VMM holds it."""
+    """The guest's eth0, on its bridge already. `fd`: an open tap, None for one that is opened by its `name`."""
 
     mac: str
-    fd: int
+    fd: int | None
+    name: str = ""
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -66,6 +81,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     `jail`: an empty directory of root's, over which the VMM's root is made in a namespace of its own; None: without.
     `cgroup`: the control group to run in, a directory. `confined`: whether it is an error if the host has no jail.
+    `config`: the final Firecracker configuration (`mvm.core.fc_config`), which the fields here agree with.
     """
 
     name: str
@@ -83,6 +99,8 @@ class Machine(msgspec.Struct, frozen=True):
     jail: Path | None = None
     cgroup: Path | None = None
     confined: bool = False
+    config: Mapping[str, Any] = {}
+    seccomp: SeccompPolicy = SeccompPolicy.BASELINE
 
     @property
     def mem_bytes(self) -> int:
@@ -94,7 +112,8 @@ class GuestMemory(msgspec.Struct, frozen=True):
 
     `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
     (`mvm.hostd.keeper.Serve`, None for a file that simply has it); it needs the descriptors `keep`. `close`: drops our
-    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called when the guest answered.
+    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called with the VMM's pid when
+    the guest answered.
     """
 
     fd: int
@@ -102,7 +121,7 @@ class GuestMemory(msgspec.Struct, frozen=True):
     serve: Serve | None
     close: Callable[[], None]
     decrypted: Callable[[], int]
-    answered: Callable[[], None]
+    answered: Callable[[int], None]
 
 
 class MemorySource(Protocol):
@@ -154,6 +173,7 @@ class Driver(Protocol):
     """One VMM on this host."""
 
     name: str
+    wants: Wants
 
     def version(self) -> str: ...
     def capabilities(self, kernel: Path, initrd: Path) -> Capabilities: ...
