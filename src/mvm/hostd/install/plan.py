@@ -111,6 +111,8 @@ def plan(
         steps.append(Run("the group mvm", ("systemd-sysusers", str(units.SYSUSERS))))
     if units.TMPFILES in changed or not observed.places:
         steps.append(Run("mvm's directories", ("systemd-tmpfiles", "--create", str(units.TMPFILES))))
+    if any(path.is_relative_to("/etc/udev") for path in changed):
+        steps.append(Run("udev reads its rules again", ("udevadm", "control", "--reload")))
     wanted = with_mode(observed.settings, mode)
     if wanted != observed.settings:
         steps.append(WriteFile(f"mode {mode}", settings.FILE, wanted.encode()))
