@@ -141,7 +141,7 @@ def test_it_gives_up_its_rights_once_the_vmm_runs(
 def test_a_vmm_ends_with_its_keeper(runtime: Path, start: Start, tmp_path: Path, jailed: bool) -> None:
     (tmp_path / "jail").mkdir()
     vmm, parent = start(
-        "trap '' TERM; sleep 100", jail=Jail(root=tmp_path / "jail", pivot=False) if jailed else None
+        "exec sleep 100", jail=Jail(root=tmp_path / "jail", pivot=False) if jailed else None
     )
     os.kill(parent.pid, signal.SIGKILL)
     until = time.monotonic() + 10
