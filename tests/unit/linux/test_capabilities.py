@@ -34,6 +34,13 @@ def test_a_kernel_that_does_not_say_is_not_believed(line: str) -> None:
         capabilities.parse_status("\n".join(x for x in STATUS.splitlines() if not x.startswith(line + ":")))
 
 
+@pytest.mark.req("H3")
+def test_a_name_cannot_forge_a_field() -> None:
+    lesser = STATUS.replace("Seccomp:\t2", "Seccomp:\t0")
+    assert capabilities.parse_status("Name:\t\x1cSeccomp:\t2\n" + lesser).seccomp == 0
+    assert capabilities.parse_status(lesser + "Seccomp:\t2\n").seccomp == 0
+
+
 @given(st.sets(st.sampled_from(capabilities.NAMES)))
 def test_masks_and_names_are_one_thing(wanted: set[str]) -> None:
     assert capabilities.names(capabilities.mask(wanted)) == wanted

@@ -9,8 +9,8 @@ from typing import Final
 import msgspec
 
 from mvm.core.errors import InvalidInput
+from mvm.linux import capabilities
 
-_HEX: Final = re.compile(r"[0-9a-f]{1,32}")
 _VERSION: Final = re.compile(r"(?<![\w.])v?(\d{1,6}(?:\.\d{1,6}){1,3})")
 _KEY_HEX: Final = re.compile(r"[0-9a-fA-F]{32,}")
 _KEY_WORD: Final = re.compile(r"[A-Za-z0-9+_]{20,}")
@@ -37,17 +37,18 @@ def parse_status(text: str) -> ThreadStatus:
         if colon:
             fields.setdefault(name, value.strip())
     try:
-        capabilities = 0
-        for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
-            if not _HEX.fullmatch(fields[name]):
-                raise ValueError(name)
-            capabilities |= int(fields[name], 16)
+        seen = capabilities.parse_status(text)
+        held = seen.inheritable | seen.permitted | seen.effective | seen.ambient
         uids, gids = _numbers(fields["Uid"]), _numbers(fields["Gid"])
-        if len(uids) != 4 or len(gids) != 4 or fields["NoNewPrivs"] not in ("0", "1"):
-            raise ValueError("Uid, Gid or NoNewPrivs")
-        (seccomp,) = _numbers(fields["Seccomp"])
+        if len(uids) != 4 or len(gids) != 4:
+            raise ValueError("Uid or Gid")
         return ThreadStatus(
-            uids, gids, _numbers(fields["Groups"]), fields["NoNewPrivs"] == "1", seccomp, capabilities
+            uids,
+            gids,
+            _numbers(fields["Groups"]),
+            seen.no_new_privs,
+            seen.seccomp,
+            capabilities.mask_of(held),
         )
     except (KeyError, ValueError) as error:
         raise InvalidInput("a process's status cannot be read", details=f"field {error}") from error
