@@ -151,12 +151,13 @@ GUARANTEES: Final = (
         "Data disks are encrypted.",
         "Every data.img begins with a LUKS header, and a wrapped key lies beside it.",
         ("K1",),
-        note="LUKS1 (AES-256-XTS), opened by QEMU itself, which reads no LUKS2.",
+        note="LUKS2 (AES-256-XTS), opened by dm-crypt; where the kernel has none, LUKS1, opened by QEMU itself.",
     ),
     Guarantee(
         "volume-locked", "volumes", _B,
         "A data disk is open only in the VMM of its running instance.",
-        "No other process has a data.img open.",
+        "No other process has a data.img or the block device it is decrypted to open, and no such device exists for an"
+        " instance that does not run.",
         ("K1",),
     ),
     Guarantee(

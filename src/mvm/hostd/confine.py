@@ -22,7 +22,8 @@ CAPABILITIES: Final[dict[str, str]] = {
     "NET_ADMIN": "bridges, taps and their ports by rtnetlink(7); TUNSETIFF; nftables",
     "SETGID": "setgroups(2), setresgid(2) in the keeper, before it executes a VMM",
     "SETUID": "setresuid(2) in the keeper, before it executes a VMM; setfsuid(2) to open a VMM's files in /proc",
-    "SYS_ADMIN": "mount(2) of the pager's one-file system at a wake; a VMM's jail: unshare(2), mounts, pivot_root(2)",
+    "SYS_ADMIN": "mount(2) of the pager's one-file system at a wake; ioctl(2) of loop devices and device mapper; a"
+    " VMM's jail: unshare(2), mounts, pivot_root(2)",
     "SYS_PTRACE": "reading a paused VMM's memory (/proc/<pid>/mem, pagemap) to seal it",
 }
 

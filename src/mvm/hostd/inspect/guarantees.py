@@ -93,7 +93,10 @@ def _is_sealed(file: SnapshotFile) -> bool:
 def _memory_in_ram(scene: Scene) -> Verdict:
     def judge(vmm: VmmFacts) -> Iterable[str]:
         for file in vmm.process.files:
-            if file.writable and file.persistent and os.path.relpath(file.target, vmm.base) not in WRITABLE:
+            own = os.path.relpath(file.target, vmm.base) in WRITABLE
+            if file.block:
+                own = file.block == vmm.data_device
+            if file.writable and file.persistent and not own:
                 yield f"has {file.target} open for writing"
         for mapping in vmm.process.plain_maps:
             # QEMU maps the guest's kernel privately while it loads it; that is no guest's memory.
@@ -148,6 +151,12 @@ def _volume_locked(scene: Scene) -> Verdict:
         for pid in v.holders
         if (os.path.realpath(v.path), pid) not in allowed
     ]
+    for v in scene.volumes:
+        own = {pid for path, pid in allowed if path == os.path.realpath(v.path)}
+        if v.device and not own:
+            problems.append(f"{v.path} is open as {v.device}, and its instance does not run")
+        strangers = sorted(set(v.device_holders) - own)
+        problems += [f"{v.path} is open as {v.device} in process {stranger}" for stranger in strangers]
     if scene.hidden_processes and not problems:
         pids = ", ".join(map(str, scene.hidden_processes[:_SHOWN]))
         return Verdict(None, 0, f"{len(scene.hidden_processes)} processes cannot be looked into: {pids}")

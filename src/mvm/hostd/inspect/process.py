@@ -35,13 +35,14 @@ _IN_MEMORY: Final = frozenset(
 
 class OpenFile(msgspec.Struct, frozen=True):
     """`target`: as /proc names it; `regular`: a file with content; `persistent`: on a file system that a power cut
-    leaves; `writable`: opened for writing."""
+    leaves, or a block device; `writable`: opened for writing; `block`: of a block device, `major:minor`."""
 
     fd: int
     target: str
     regular: bool
     persistent: bool
     writable: bool
+    block: str = ""
 
 
 class ProcessFacts(msgspec.Struct, frozen=True):
@@ -157,6 +158,10 @@ def _files(base: str, mounts: Collection[Mount]) -> list[OpenFile]:
         except OSError:
             # The pager's file: only the VMM's uid may look at it. It is served from memory, and is on no disk.
             found.append(OpenFile(fd, target, True, False, writable))
+            continue
+        if stat.S_ISBLK(seen.st_mode):
+            number = f"{os.major(seen.st_rdev)}:{os.minor(seen.st_rdev)}"
+            found.append(OpenFile(fd, target, False, True, writable, number))
             continue
         regular = stat.S_ISREG(seen.st_mode)
         device = f"{os.major(seen.st_dev)}:{os.minor(seen.st_dev)}"

@@ -22,7 +22,7 @@ from mvm.hostd.inspect import text
 from mvm.hostd.inspect.host import PathFacts, path_facts
 from mvm.hostd.inspect.process import ProcessFacts, holders, read_process
 from mvm.hostd.keys import parse_header
-from mvm.hostd.resources import audit, forwarding, network, nftables, secrets_store, volume
+from mvm.hostd.resources import audit, dm_crypt, forwarding, network, nftables, secrets_store, volume
 from mvm.linux import capabilities, machine, pidfd
 from mvm.linux.files import read_bounded
 
@@ -40,7 +40,8 @@ CAPABILITY_SETS = ("permitted", "effective", "bounding", "inheritable", "ambient
 
 class VmmFacts(msgspec.Struct, frozen=True):
     """A VMM of this root that runs. `uid`: the one its instance has; `artifacts`: files of its revision, as they are
-    named in the end; `runtime`: of its directory."""
+    named in the end; `runtime`: of its directory; `data_device`: `major:minor` of its data disk, where the kernel has
+    it open."""
 
     instance: str
     uid: int
@@ -51,16 +52,20 @@ class VmmFacts(msgspec.Struct, frozen=True):
     tap: str
     runtime: PathFacts | None
     process: ProcessFacts
+    data_device: str = ""
 
 
 class VolumeFacts(msgspec.Struct, frozen=True):
-    """`luks`: begins as a LUKS volume; `key`: a wrapped key lies beside it; `holders`: pids that have it open."""
+    """`luks`: begins as a LUKS volume; `key`: a wrapped key lies beside it; `holders`: pids that have it open;
+    `device`: the block device that the kernel decrypts it to, "" if it is locked; `device_holders`: as `holders`."""
 
     instance: str
     path: str
     luks: bool
     key: bool
     holders: tuple[int, ...]
+    device: str = ""
+    device_holders: tuple[int, ...] = ()
 
 
 class SnapshotFile(msgspec.Struct, frozen=True):
@@ -216,6 +221,7 @@ class _VmmReader:
             tap=net.tap,
             runtime=path_facts(paths.runtime),
             process=process,
+            data_device=_device_number(_device(paths.data_disk, dm_crypt.opened())),
         )
 
 
@@ -230,8 +236,11 @@ def _volumes(store: Store) -> tuple[tuple[VolumeFacts, ...], tuple[int, ...]]:
     """Every data.img there is, those that a destroy kept included; and the pids that could not be looked into."""
     images = sorted(store.tenants_dir.glob(f"*/instances/*/volumes/{volume.IMAGE_NAME}"))
     held: dict[str, list[int]] = {}
+    mappings = dm_crypt.opened()
+    devices = {image: _device(image, mappings) for image in images}
     # Not asked where there is no disk: it means looking into every process.
-    found, unseen = holders([os.path.realpath(image) for image in images]) if images else ([], [])
+    wanted = [os.path.realpath(image) for image in images] + [path for path in devices.values() if path]
+    found, unseen = holders(wanted) if images else ([], [])
     for path, pid in found:
         held.setdefault(path, []).append(pid)
     volumes = tuple(
@@ -241,10 +250,25 @@ def _volumes(store: Store) -> tuple[tuple[VolumeFacts, ...], tuple[int, ...]]:
             luks=_head(image, len(volume.MAGIC)) == volume.MAGIC,
             key=_is_wrapped(volume.key_path(image)),
             holders=tuple(held.get(os.path.realpath(image), ())),
+            device=devices[image],
+            device_holders=tuple(held.get(devices[image], ())),
         )
         for image in images
     )
     return volumes, tuple(unseen)
+
+
+def _device(image: Path, mappings: list[dm_crypt.Mapping]) -> str:
+    """The block device over an image, "" if the kernel has it not open."""
+    return next((mapping.path for mapping in mappings if mapping.image == os.path.realpath(image)), "")
+
+
+def _device_number(path: str) -> str:
+    try:
+        number = os.stat(path).st_rdev if path else 0
+    except OSError:
+        return ""
+    return f"{os.major(number)}:{os.minor(number)}" if number else ""
 
 
 def _is_wrapped(path: Path) -> bool:

@@ -56,6 +56,7 @@ VMM = VmmFacts(
     PathFacts(f"{BASE}/runtime", "directory", 0, 0o700), PROCESS,
 )  # fmt: skip
 VOLUME = VolumeFacts("acme/default-0", f"{BASE}/volumes/data.img", True, True, (77,))
+OPENED = msgspec.structs.replace(VOLUME, holders=(), device="/dev/dm-0", device_holders=(77,))
 
 
 def sealed(name: str, head: bytes) -> SnapshotFile:
@@ -141,6 +142,16 @@ def test_all_is_well(name: str) -> None:
     assert verdict.count
 
 
+@pytest.mark.req("K1")
+def test_a_disk_that_the_kernel_opened_for_its_vmm_is_in_order() -> None:
+    device = OpenFile(21, "/dev/dm-0", False, True, True, "253:0")
+    process = msgspec.structs.replace(PROCESS, files=(*(f for f in FILES if f.fd != 21), device))
+    vmm = msgspec.structs.replace(VMM, process=process, data_device="253:0")
+    opened = scene(vmms=(vmm,), volumes=(OPENED,))
+    for name in ("memory-in-ram", "volume-locked"):
+        assert (SCENE_JUDGES[name](opened).held, SCENE_JUDGES[name](opened).count) == (True, 1)
+
+
 @pytest.mark.req("O6")
 @pytest.mark.parametrize(
     "name", [name for name in SCENE_JUDGES if name not in ("key-provider", "bounded-capabilities")]
@@ -158,6 +169,7 @@ WRONG: list[tuple[str, Scene]] = [
     ("memory-sealed", snapshot(name=".new-" + "a" * 32)),
     ("memory-sealed", snapshot(name="copy", pending=True)),
     ("memory-in-ram", process(files=(*FILES, LEAK))),
+    ("memory-in-ram", process(files=(*FILES, OpenFile(21, "/dev/dm-0", False, True, True, "253:0")))),
     ("memory-in-ram", process(plain_maps=(Mapping("/srv/x", "8:1", 5, 4096, True),))),
     ("memory-in-ram", process(plain_maps=(Mapping("/srv/x", "8:1", 5, 256 << 20, False),))),
     ("memory-in-ram", process(core_limit="unlimited unlimited")),
@@ -173,6 +185,8 @@ WRONG: list[tuple[str, Scene]] = [
     ("volume-encrypted", scene(volumes=(msgspec.structs.replace(VOLUME, luks=False),))),
     ("volume-locked", scene(volumes=(msgspec.structs.replace(VOLUME, holders=(77, 78)),))),
     ("volume-locked", scene(vmms=())),
+    ("volume-locked", scene(volumes=(msgspec.structs.replace(OPENED, device_holders=(77, 78)),))),
+    ("volume-locked", scene(volumes=(msgspec.structs.replace(OPENED, device_holders=()),), vmms=())),
     ("keys-wrapped", scene(volumes=(msgspec.structs.replace(VOLUME, key=False),))),
     ("keys-wrapped", snapshot(files=())),
     ("keys-wrapped", scene(secrets=(SecretsFacts("s", False),))),
