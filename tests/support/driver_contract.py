@@ -27,8 +27,10 @@ from mvm.hostd.assembly import assemble, load_revision
 from mvm.hostd.guest_channel import connect, lock_path, socket_path
 from mvm.hostd.pager import open_memory, plain_memory
 from mvm.hostd.recovery import read_exit
+from mvm.hostd.resources import network
 from mvm.hostd.sealing import SealedImage, SealWriter, SnapshotIdentity
 from mvm.hostd.vmm.driver import GuestMemory, Machine, MemorySource, Vm
+from mvm.linux.files import remove_tree
 from mvm.linux.pidfd import is_alive
 from mvm.linux.process import wait_readable
 
@@ -65,7 +67,8 @@ class Origin(NamedTuple):
 @contextmanager
 def machine_of(world: World, plan: InstancePlan, *, cold: bool) -> Iterator[Machine]:
     world.paths(plan).make()
-    with assemble(world.store, world.keys, plan, load_revision(world.store, plan), cold=cold) as machine:
+    wants, revision = world.driver.wants, load_revision(world.store, plan)
+    with assemble(world.store, world.keys, plan, revision, cold=cold, wants=wants) as machine:
         yield machine
 
 
@@ -116,7 +119,8 @@ def clean_runtime(world: World, plan: InstancePlan) -> Iterator[None]:
         keeper.end_leftovers(runtime)
         for entry in os.listdir(runtime) if runtime.is_dir() else ():
             if entry not in ("logs", "metrics"):
-                (runtime / entry).unlink()
+                remove_tree(runtime / entry)
+        network.remove_tap(plan.network.tap)
 
 
 def make_origin(world: World, plan: InstancePlan, probe: Probe, folder: Path, boot_s: float) -> Origin:

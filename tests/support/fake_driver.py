@@ -26,7 +26,7 @@ from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import ArtifactHash, Fingerprint
 from mvm.hostd.guest_channel import socket_path
 from mvm.hostd.keeper import Program, launch
-from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine
+from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine, Wants
 from mvm.linux.pidfd import is_alive, terminate
 from mvm.linux.procmem import ProcessMemory
 from mvm.linux.sockets import connect_unix, listen_unix
@@ -61,6 +61,7 @@ class FakeDriver:
     """Implements `mvm.hostd.vmm.driver.Driver`. `timeout`: seconds the monitor may take to answer."""
 
     name = "fake"
+    wants = Wants()
 
     def __init__(self, *, version: str = "1.0", timeout: float = 10.0, ignore_sigterm: bool = False) -> None:
         self._version = version
@@ -125,7 +126,7 @@ class FakeDriver:
                 fds[DRIVE_FD + n] = opened[-1]
                 if drive.key_fd is not None:
                     fds[KEY_FD + n] = drive.key_fd
-            if machine.nic is not None:
+            if machine.nic is not None and machine.nic.fd is not None:
                 fds[TAP_FD] = machine.nic.fd
             if memory is not None:
                 fds[fake_vmm.MEMORY_FD] = memory.fd

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from mvm.core.errors import IntegrityError, MissingPrerequisite, NotFound, ResourceExhausted
 from mvm.core.fc_config import FcPaths, overlay_fc_config
@@ -32,12 +33,13 @@ from mvm.hostd import net_policy
 from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
-from mvm.hostd.vmm.driver import Drive, Machine, Nic
+from mvm.hostd.vmm.driver import Drive, Machine, Nic, Wants
 from mvm.linux.files import ensure_dir, read_bounded, write_atomic
 from mvm.linux.machine import memory_available
 
 # What a VMM needs beside the guest's memory: its own code, translation buffers, page tables.
 _OVERHEAD_MIB = 128
+_NO_WANTS = Wants()
 
 
 def load_revision(store: Store, plan: InstancePlan) -> Revision:
@@ -87,7 +89,13 @@ def has_secrets(store: Store, plan: InstancePlan) -> bool:
 
 @contextmanager
 def assemble(
-    store: Store, keys: KeyProvider, plan: InstancePlan, revision: Revision, *, cold: bool
+    store: Store,
+    keys: KeyProvider,
+    plan: InstancePlan,
+    revision: Revision,
+    *,
+    cold: bool,
+    wants: Wants = _NO_WANTS,
 ) -> Iterator[Machine]:
     """The machine of `plan`. Makes the tenant's bridge and rules where they are missing, and if `cold` the data disk.
 
@@ -119,39 +127,47 @@ def assemble(
         with store.network_lock(tenant):
             network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
             net_policy.ensure(store, plan)
-            tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
+            tap = None
+            if wants.tap_by_name:
+                network.create_tap(net.tap, plan.uid, net.bridge)
+            else:
+                tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
         folder = store.revisions_dir / plan.revision
+        config = _final_config(paths, plan, folder, wants)
         yield Machine(
             name=plan.instance.vm_name,
             vcpus=plan.vcpus,
             mem_mib=plan.mem_mib,
             kernel=folder / KERNEL,
             initrd=folder / INITRD,
-            boot_args=_final_config(paths, plan, folder),
+            boot_args=str(config["boot-source"]["boot_args"]),
             drives=(
                 Drive("rootfs", str(folder / ROOTFS), read_only=True),
                 Drive("data", data.path, read_only=False, key_fd=data.key_fd, device=data.device),
                 Drive("secrets", f"/proc/self/fd/{secrets_fd}", read_only=True),
             ),
-            nic=Nic(net.mac, tap),
+            nic=Nic(net.mac, tap, net.tap),
             uid=plan.uid,
             gid=plan.gid,
             runtime=paths.runtime,
             artifact_hashes=tuple(sorted(revision.sha256.items())),
             jail=paths.jail,
+            config=config,
+            seccomp=plan.seccomp,
         )
 
 
-def _final_config(paths: InstancePaths, plan: InstancePlan, folder: Path) -> str:
-    """Write `fc.final.json` (the base configuration of the flake with this run's values), return its boot arguments.
+def _final_config(paths: InstancePaths, plan: InstancePlan, folder: Path, wants: Wants) -> dict[str, Any]:
+    """Write `fc.final.json` (the base configuration of the flake with this run's values), and return it.
 
-    Every VMM boots from this one document, so what it says is what ran. Its paths are the host's.
+    Every VMM boots from this one document, so what it says is what ran. Its paths are as the VMM sees them.
     """
     base = json.loads(read_bounded(folder / FC_BASE, FC_CONFIG_BYTES))
     config = overlay_fc_config(
         base,
         plan,
-        FcPaths(
+        wants.paths
+        or FcPaths(
             kernel=str(folder / KERNEL),
             initrd=str(folder / INITRD),
             rootfs=str(folder / ROOTFS),
@@ -163,4 +179,4 @@ def _final_config(paths: InstancePaths, plan: InstancePlan, folder: Path) -> str
         ),
     )
     write_atomic(paths.fc_config, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    return str(config["boot-source"]["boot_args"])
+    return config

@@ -413,7 +413,7 @@ def _remove_bridge(store: Store, name: str) -> None:
 def _empty_runtime(store: Store, name: str) -> None:
     for entry in _names(store.root / name):
         if entry not in KEPT:
-            os.unlink(store.root / name / entry)
+            remove_tree(store.root / name / entry)
 
 
 def _sweep(store: Store, name: str) -> None:

@@ -30,6 +30,7 @@ from mvm.hostd.guest_channel.extract import CopyLimits, Extractor, ReceiveOperat
 from mvm.hostd.guest_channel.operation import Operation
 from mvm.hostd.guest_channel.ports import PortLease, take_port
 from mvm.hostd.guest_channel.send import SendOperation, TreeSource
+from mvm.hostd.guest_channel.vsock import connect_vsock, vsock_path
 from mvm.linux.files import temporary_beside
 from mvm.linux.sockets import connect_unix
 from mvm.wire import framing, guest_api, guest_session
@@ -49,22 +50,28 @@ _O = TypeVar("_O", bound=Operation)
 def connect(
     socket_path: Path, *, lock_path: Path | None = None, lease: PortLease | None = None, deadline: float
 ) -> GuestChannel:
-    """Connect to the port whose socket is `socket_path`, under `lock_path` (taken here) or a `lease` taken before.
+    """Connect to the port whose socket is `socket_path`, or to the guest by its VMM's vsock where it has that; under
+    `lock_path` (taken here) or a `lease` taken before.
 
     `deadline`: time.monotonic() until which to connect. Busy: another client has the port. GuestError: nobody listens.
     """
     if lease is None and lock_path is not None:
         lease = take_port(lock_path)
     try:
+        vsock = vsock_path(socket_path.parent)
+        by_vsock = os.path.lexists(vsock)
         try:
-            sock = connect_unix(socket_path, max(0.01, deadline - time.monotonic()))
+            if by_vsock:
+                sock = connect_vsock(vsock, framing.VSOCK_PORT, deadline)
+            else:
+                sock = connect_unix(socket_path, max(0.01, deadline - time.monotonic()))
         except OSError as error:
             raise GuestError(
                 "the guest's control channel cannot be reached",
                 details=f"{socket_path}: {error}",
                 resolution="see whether the instance runs (mvm instance list)",
             ) from None
-        return GuestChannel(sock, lease)
+        return GuestChannel(sock, lease, boundaries=by_vsock)
     except BaseException:
         if lease is not None:
             # Not a byte was sent: the port is as it was.
@@ -73,12 +80,15 @@ def connect(
 
 
 class GuestChannel:
-    """`sock`: connected stream socket, owned from here on. Without a lease the transport keeps boundaries (vsock)."""
+    """`sock`: connected stream socket, owned from here on. `boundaries`: nothing of an earlier client can be on it
+    (vsock); so it is without a lease."""
 
-    def __init__(self, sock: socket.socket, lease: PortLease | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, lease: PortLease | None = None, *, boundaries: bool = False
+    ) -> None:
         self._sock = sock
         self._lease = lease
-        resync = lease is not None and not lease.was_clean
+        resync = lease is not None and not lease.was_clean and not boundaries
         self._session = ClientSession(os.urandom(framing.NONCE_SIZE), resync=resync)
         self._operations: dict[int, Operation] = {}
         self._broken: GuestError | None = None

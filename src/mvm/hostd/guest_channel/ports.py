@@ -5,6 +5,9 @@ The lock is flock(2), held for as long as the client is connected, so it dies wi
 port's state: "clean" after a client that left with nothing under way, anything else after one that did not (or was
 killed); the next client then resynchronises. Port 0 is the host's own, 1 to 7 are for sessions.
 
+A guest whose VMM has vsock has one socket for all (`mvm.hostd.guest_channel.vsock`); the locks are the same, and bound
+how many clients it has.
+
 A guest that is restored from a snapshot remembers the ports as they were then, whatever happened since:
 `distrust_ports` belongs to every wake that does not follow its own sleep, and to every cold start after a crash.
 """

@@ -21,7 +21,7 @@ from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import Store
 from mvm.hostd.vmm.driver import Driver, Vm
 from mvm.linux import pidfd
-from mvm.linux.files import fsync_dir
+from mvm.linux.files import fsync_dir, remove_tree
 from mvm.linux.mount import detach, mounts_below
 
 BOOT_S = 180.0
@@ -178,7 +178,7 @@ class Context:
             return
         for name in os.listdir(self.paths.runtime):
             if name not in KEPT:
-                os.unlink(self.paths.runtime / name)
+                remove_tree(self.paths.runtime / name)
 
     def settle_host(self, end: State) -> None:
         """Leave on the host what an instance in the state `end` has, and nothing else; before the record says so."""
@@ -193,6 +193,7 @@ class Context:
 
     def release_network(self) -> None:
         with self.store.network_lock(self.id.tenant):
+            network.remove_tap(self.record.network.tap)
             network.remove_bridge_if_unused(self.record.network.bridge)
 
     # The guest.

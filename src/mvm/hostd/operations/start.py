@@ -31,7 +31,9 @@ def start(context: Context, plan: InstancePlan) -> None:
         context.destroy_snapshots()
         context.watch.phase("verify artifacts")
         verify_artifacts(context.store, revision)
-        with assemble(context.store, context.keys, plan, revision, cold=True) as machine:
+        with assemble(
+            context.store, context.keys, plan, revision, cold=True, wants=context.driver.wants
+        ) as machine:
             context.watch.phase("check acceleration")
             fingerprint = context.driver.fingerprint(machine)
             context.watch.phase("start VMM")

@@ -1,9 +1,11 @@
 """Per-tenant bridges and taps.
 
 Rules. A bridge belongs to one tenant and holds the tenant's gateway address; its MAC is made from that
-address, so guests that slept keep a valid neighbour entry. A tap is NOT persistent: it exists exactly as
-long as some process holds its descriptor, so a dead VMM cannot leave one behind and there is nothing to
-clean up. Ports are isolated from each other before they come up (instances of one tenant reach the gateway,
+address, so guests that slept keep a valid neighbour entry. A tap that is given to its VMM as a descriptor
+(`open_tap`) is NOT persistent: it exists exactly as long as some process holds it, so a dead VMM cannot leave
+one behind and there is nothing to clean up. For a VMM that opens its tap by name (`create_tap`) it is persistent,
+is the VMM's uid's alone, and is removed when the VM is released (`remove_tap`); the instance's ledger has it
+before it is made. Ports are isolated from each other before they come up (instances of one tenant reach the gateway,
 not one another). IPv6 is off before a link comes up, so not even a link-local address or a router
 solicitation is ever sent.
 
@@ -12,7 +14,7 @@ thread. They go through rtnetlink directly (docs/adr/0002); `inspect` reads back
 checks is not what wrote.
 
 Ordering, by the caller, under the tenant's lock: `ensure_bridge`, then `open_tap`;
-`remove_bridge_if_unused` at any time.
+or `create_tap`; `remove_tap` when no VMM is left; `remove_bridge_if_unused` at any time.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 _AF_BRIDGE = 7
 _TUN = "/dev/net/tun"
-_TUNSETIFF, _TUNSETOWNER = 0x400454CA, 0x400454CC
+_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x2, 0x1000, 0x4000, 0x8000
 _IFREQ = struct.Struct("16sH22x")
 _OCTETS = frozenset(str(n) for n in range(256))
@@ -222,6 +224,39 @@ def open_tap(name: str, owner_uid: int, bridge: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def create_tap(name: str, owner_uid: int, bridge: str) -> None:
+    """As `open_tap`, but a tap that stays, for `owner_uid` to open by name. One that nobody has open is replaced."""
+    import fcntl
+
+    remove_tap(name)
+    fd = open_tap(name, owner_uid, bridge)
+    try:
+        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+    finally:
+        os.close(fd)
+
+
+def remove_tap(name: str) -> None:
+    """Remove a tap if it is there. Conflict if somebody has it open, or it is something else."""
+    with nl.Netlink() as route:
+        found = route.find_link(check_link_name(name))
+        if found is None:
+            return
+        if found.kind != "tun" or found.carrier:
+            raise Conflict(
+                f"the tap {name} cannot be removed",
+                details="a process has it open"
+                if found.kind == "tun"
+                else f"it is of type {found.kind or 'hardware'}",
+                resolution=f"find the process: grep -l {name} /proc/*/fdinfo/*",
+            )
+        try:
+            route.execute([nl.Request(nl.RTM_DELLINK, 0, nl.link(found.ifindex), f"remove tap {name}")])
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
 
 
 def remove_bridge_if_unused(name: str) -> bool:

@@ -60,19 +60,39 @@ def find(maps: str, size: int, peek: Peek) -> list[Span]:
 
 
 def _from_file(mappings: list[Mapping], size: int) -> list[Span] | None:
+    """Where a memory file is mapped; what a balloon took out of it is anonymous memory by now, at its place."""
     by_file: dict[tuple[str, int], list[Mapping]] = {}
     for mapping in mappings:
         if mapping.file[1] != 0:
             by_file.setdefault(mapping.file, []).append(mapping)
-    fitting = []
-    for parts in by_file.values():
-        parts.sort(key=lambda part: part.offset)
-        ends = [0, *(part.offset + part.size for part in parts)]
-        if ends[-1] == size and all(part.offset == end for part, end in zip(parts, ends, strict=False)):
-            fitting.append([Span(part.offset, part.start, part.size) for part in parts])
+    fitting = [spans for parts in by_file.values() if (spans := _spans_of(parts, mappings, size))]
     if len(fitting) > 1:
         raise _unclear(size, f"{len(fitting)} files are mapped with that size")
     return fitting[0] if fitting else None
+
+
+def _spans_of(parts: list[Mapping], mappings: list[Mapping], size: int) -> list[Span]:
+    """The spans if these parts of a file are in the place of all guest memory, else nothing."""
+    low = min(size, LOW_MAX)
+    spans = []
+    for offset, length in ((0, low), (low, size - low)):
+        bases = {part.start - part.offset for part in parts if offset <= part.offset < offset + length}
+        if length and (len(bases) != 1 or not _covered(mappings, min(bases) + offset, length)):
+            return []
+        if length:
+            spans.append(Span(offset, min(bases) + offset, length))
+    if any(part.offset + part.size > size for part in parts):
+        return []
+    return spans
+
+
+def _covered(mappings: list[Mapping], start: int, size: int) -> bool:
+    """Whether all of a range is mapped. `mappings` are in order of address, as the kernel lists them."""
+    at = start
+    for mapping in mappings:
+        if mapping.start <= at < mapping.end:
+            at = mapping.end
+    return at >= start + size
 
 
 def _anonymous(mappings: list[Mapping], size: int, peek: Peek) -> list[Span]:

@@ -22,7 +22,7 @@ from mvm.core.snapshot import ArtifactHash, Fingerprint
 from mvm.hostd.bounded_log import tail
 from mvm.hostd.guest_channel.ports import socket_path
 from mvm.hostd.keeper import Program, last_words, launch
-from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine
+from mvm.hostd.vmm.driver import CHANNELS, Capabilities, GuestMemory, Machine, Wants
 from mvm.hostd.vmm.qemu import command as layout
 from mvm.hostd.vmm.qemu.jail import jail
 from mvm.hostd.vmm.qemu.probe import Acceleration, choose_acceleration
@@ -54,6 +54,7 @@ class QemuDriver:
     """`cache`: a directory for what is probed once per host and kernel."""
 
     name = "qemu"
+    wants = Wants()
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
@@ -149,7 +150,7 @@ class QemuDriver:
                 fds[layout.DRIVE_FD + n] = opened[-1]
                 if drive.key_fd is not None:
                     fds[layout.KEY_FD + n] = drive.key_fd
-            if machine.nic is not None:
+            if machine.nic is not None and machine.nic.fd is not None:
                 fds[layout.TAP_FD] = machine.nic.fd
             if memory is not None:
                 fds[layout.MEMORY_FD] = memory.fd

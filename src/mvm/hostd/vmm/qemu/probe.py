@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +36,17 @@ class Acceleration(NamedTuple):
 
 def choose_acceleration(qemu: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Acceleration:
     """What to use for this guest kernel, from the cache or by a probe of at most PROBE_S seconds."""
-    known = known_acceleration(version, kernel, cache)
+    return remember(version, kernel, cache, lambda: _probe(qemu, kernel, initrd))
+
+
+def remember(
+    version: str, kernel: Path, cache: Path, probe: Callable[[], Acceleration], *, otherwise: str = "tcg"
+) -> Acceleration:
+    """The answer of `probe`, asked once for a VMM (`version`), guest kernel and host. `otherwise`: without /dev/kvm."""
+    known = known_acceleration(version, kernel, cache, otherwise=otherwise)
     if known is not None:
         return known
-    chosen = _probe(qemu, kernel, initrd)
+    chosen = probe()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = _facts(version, kernel)
     answer = {"accel": chosen.accel, "reason": chosen.reason, "facts": facts}
@@ -46,10 +54,12 @@ def choose_acceleration(qemu: str, version: str, kernel: Path, initrd: Path, cac
     return chosen
 
 
-def known_acceleration(version: str, kernel: Path, cache: Path) -> Acceleration | None:
+def known_acceleration(
+    version: str, kernel: Path, cache: Path, *, otherwise: str = "tcg"
+) -> Acceleration | None:
     """The answer where it needs no probe, else None."""
     if not os.access(KVM, os.R_OK | os.W_OK):
-        return Acceleration("tcg", f"{KVM} is missing or closed to us")
+        return Acceleration(otherwise, f"{KVM} is missing or closed to us")
     try:
         known = json.loads(_cached(_facts(version, kernel), cache).read_bytes())
         return Acceleration(str(known["accel"]), str(known["reason"]))

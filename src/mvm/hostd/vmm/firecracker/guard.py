@@ -1,0 +1,69 @@
+"""What is read back from the kernel about a VMM that has started: is it confined as it was meant to be?
+
+Firecracker's release binaries put a seccomp filter on each of their threads, builds against glibc have an empty list
+and put none. Only the kernel can say which of the two runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mvm.core.errors import VmmError
+
+
+def parse_status(text: str) -> dict[str, str]:
+    """/proc/<pid>/status as name -> value."""
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def unfiltered(statuses: Mapping[int, str]) -> list[str]:
+    """One line for each thread without a filter or without no_new_privs; `statuses`: thread id -> its status file."""
+    found = []
+    for thread, text in sorted(statuses.items()):
+        status = parse_status(text)
+        seccomp, privileges = status.get("Seccomp", "?"), status.get("NoNewPrivs", "?")
+        if (seccomp, privileges) != ("2", "1"):
+            found.append(f"{status.get('Name', thread)}: Seccomp {seccomp}, NoNewPrivs {privileges}")
+    return found
+
+
+def thread_statuses(pid: int) -> dict[int, str]:
+    """Of every thread of a process. Threads that end meanwhile are left out; VmmError if all have."""
+    found: dict[int, str] = {}
+    for number in _threads(pid):
+        try:
+            found[number] = Path(f"/proc/{pid}/task/{number}/status").read_text(
+                encoding="utf-8", errors="replace"
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    if not found:
+        raise VmmError("Firecracker is gone", details=f"Process {pid} has no threads.")
+    return found
+
+
+def _threads(pid: int) -> Iterator[int]:
+    try:
+        yield from (int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    except (FileNotFoundError, ProcessLookupError):
+        return
+
+
+def cgroup_of(text: str) -> str:
+    """The control group (v2) of /proc/<pid>/cgroup, "" if there is none."""
+    return next((line[3:] for line in text.splitlines() if line.startswith("0::")), "")
+
+
+def require_cgroup(pid: int, wanted: Path) -> None:
+    """VmmError unless the process is in the group `wanted`, a directory below /sys/fs/cgroup."""
+    try:
+        found = cgroup_of(Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace"))
+    except (FileNotFoundError, ProcessLookupError):
+        raise VmmError("Firecracker is gone", details=f"Process {pid} has ended.") from None
+    if f"/sys/fs/cgroup{found}" != str(wanted):
+        raise VmmError(
+            "Firecracker is not in its control group", details=f"It is in {found or 'none'}, not in {wanted}."
+        )
