@@ -24,7 +24,7 @@ have written to its data disk, and memory older than the disk it caches must nev
 that is lost after that point therefore leaves `failed` (start it cold), never `sleeping`.
 
 `LOSE` and `EXIT` are not requests. Recovery records with them that a VMM thought to be running is gone:
-`EXIT` when the VMM ended in good order (the guest powered off or restarted, after a panic too), else `LOSE`.
+`EXIT` when the VMM ended in good order (the guest powered off or restarted, and not by a panic), else `LOSE`.
 
 docs/lifecycle.md is `render_page()`; a test keeps it so.
 """

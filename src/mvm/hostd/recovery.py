@@ -17,6 +17,7 @@ from mvm.core.lifecycle import Action, Intent, State, settle
 from mvm.core.snapshot import SnapshotRef
 from mvm.hostd import keeper, sealing
 from mvm.hostd.operations.context import Context
+from mvm.hostd.panic import panic_message
 from mvm.hostd.sealing.layout import SEGMENT_PREFIX
 from mvm.linux import pidfd
 from mvm.linux.files import fsync_dir, sweep_temporaries
@@ -84,10 +85,13 @@ def _check_running(context: Context) -> bool:
         return False
     # The keeper writes the status after the VMM has gone, and ends itself then.
     keeper.await_end(context.paths.runtime)
-    orderly = read_exit(context.paths.runtime) == 0
+    panic = panic_message(context.paths.console_log)
+    orderly = read_exit(context.paths.runtime) == 0 and not panic
     context.settle_host(State.STOPPED if orderly else State.FAILED)
     action = Action.EXIT if orderly else Action.LOSE
     text = "" if orderly else "its VM ended without having been asked to"
+    if panic:
+        text = f"its kernel panicked: {panic}"
     context.save(records.observe(context.record, action, now_ns=time.time_ns(), error=text))
     return True
 

@@ -243,6 +243,23 @@ def test_a_vmm_that_ended_by_itself_is_noticed(world: FakeWorld, code: int, stat
     assert host.create_instance(plan).state is State.RUNNING
 
 
+@pytest.mark.req("L7")
+def test_a_panic_is_a_failure_with_its_reason(world: FakeWorld) -> None:
+    """To the VMM it is a restart in good order; the kernel's last words tell."""
+    plan, host = world.plan(), world.host()
+    for words, state, says in (
+        (b"[   1.0] Kernel panic - not syncing: out of \x1b[2J luck\r\n", State.FAILED, "out of ?[2J luck"),
+        (b"[   9.0] reboot: Restarting system\r\n", State.STOPPED, ""),  # the panic before was another life's
+    ):
+        host.create_instance(plan)
+        with world.paths(plan).console_log.open("ab") as log:
+            log.write(words)
+        world.end_vmm(plan, 0)
+        record = host.inspect_instance(plan.instance)
+        assert record.state is state
+        assert (record.last_error or "") == (says and f"its kernel panicked: {says}")
+
+
 @pytest.mark.req("S1")
 def test_a_guest_that_does_not_answer_is_not_put_to_sleep(
     world: FakeWorld, monkeypatch: pytest.MonkeyPatch
