@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -328,6 +329,21 @@ def as_user(act: Callable[[], object], uid: int) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_shells_limit_on_descriptors_is_not_the_daemons() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with daemon_world() as world:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        try:
+            world.daemon.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        kept = [world.daemon.raw() for _ in range(300)]
+        assert world.client.ping().operations == 0
+        for sock in kept:
+            sock.close()
+        assert not world.daemon.lines("accept failed")
 
 
 def test_members_leave_an_operation_to_root() -> None:

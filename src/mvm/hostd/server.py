@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -68,6 +69,9 @@ AUDITED_AT_ONCE, AUDITED_PER_S = 200, 20.0
 """Requests of one user that are written into an audit log, which nobody cuts."""
 LINES_AT_ONCE, LINES_PER_S = 50, 5.0
 """Lines about one user's requests that were refused."""
+DESCRIPTORS = 4096
+"""A connection may hold two, its socket and a port's lock; a shell's usual limit is 1024."""
+_NOBODY = -1
 _ROOT = PeerCredentials(0, 0, 0)
 _RECOVER = VERBS["inspect_instance"]
 
@@ -107,6 +111,7 @@ class Server:
         """Serve until SIGTERM or SIGINT."""
         assert self._listener is not None
         self._listener.setblocking(False)
+        _allow_descriptors()
         for end in (self._woken, self._waker):
             end.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -199,7 +204,8 @@ class Server:
             sock, _ = self._listener.accept()
         except OSError as error:  # gone again, or no descriptors left
             if not isinstance(error, BlockingIOError):
-                self._log.error("accept failed", error=str(error))
+                if self._lines.take(_NOBODY):
+                    self._log.error("accept failed", error=str(error))
                 time.sleep(0.01)  # it stays readable: without this the loop would spin
             return
         who = peer(sock)
@@ -550,6 +556,16 @@ class Server:
             if sock is not None:
                 sock.detach()
         self._notifier.forget()
+
+
+def _allow_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            return  # connections beyond the limit wait in the backlog
 
 
 def _instance(request: Any) -> InstanceId | None:
