@@ -1,4 +1,4 @@
-"""Data disks, opened by QEMU's own tools."""
+"""Data disks on a host without dm-crypt, opened by QEMU's own tools. With dm-crypt: tests/node/test_volumes.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from mvm.core.errors import CommandFailed, Conflict, IntegrityError, InvalidInput, NotFound, ResourceExhausted
+from mvm.core.errors import (
+    CommandFailed,
+    Conflict,
+    IntegrityError,
+    InvalidInput,
+    MissingPrerequisite,
+    NotFound,
+    ResourceExhausted,
+)
 from mvm.core.ids import InstanceId
 from mvm.hostd.keys.development import DevelopmentKeyProvider
-from mvm.hostd.resources import volume
+from mvm.hostd.resources import dm_crypt, volume
 from mvm.linux import files, memfd, process
 from mvm.linux.secret import SecretBytes
 
@@ -19,6 +27,11 @@ ACME = InstanceId("acme", "default", 0)
 SIZE = 8 << 20
 
 needs_qemu = pytest.mark.skipif(process.find_program("qemu-io") is None, reason="needs qemu-io (qemu-utils)")
+
+
+@pytest.fixture(autouse=True)
+def without_dm_crypt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dm_crypt, "unavailable", lambda: "not here")
 
 
 @pytest.fixture
@@ -90,6 +103,45 @@ def test_qemu_describes_the_header_as_written(image: Path) -> None:
     ]  # fmt: skip
     assert [slot["active"] for slot in data["slots"]] == [True] + [False] * 7
     assert data["slots"][0]["iters"] == 1000
+
+
+@pytest.mark.req("K1")
+def test_a_disk_is_given_as_a_file_and_a_passphrase(image: Path, provider: DevelopmentKeyProvider) -> None:
+    with volume.attach(image, provider, ACME) as attached:
+        assert (attached.path, attached.device) == (str(image), False)
+        assert attached.key_fd is not None
+        assert len(os.pread(attached.key_fd, 100, 0)) == 64
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(attached.key_fd)
+    assert not volume.lock(image, ACME)
+
+
+@pytest.mark.req("K1")
+@pytest.mark.skipif(process.find_program("cryptsetup") is None, reason="needs cryptsetup")
+def test_a_luks2_disk_has_its_payload_where_it_is_looked_for_and_needs_dm_crypt(
+    image: Path, provider: DevelopmentKeyProvider
+) -> None:
+    import json
+
+    image.write_bytes(b"")
+    os.truncate(image, SIZE + volume.PAYLOAD_OFFSET)
+    with SecretBytes.from_random(32) as key, volume.passphrase(key) as phrase:
+        argv = volume.render_format(image, 2)
+        process.run(argv, stdin=bytes(phrase.view()), timeout=30, env=dm_crypt.WITHOUT_UDEV)
+    argv = ["cryptsetup", "luksDump", "--disable-locks", "--dump-json-metadata", str(image)]
+    header = json.loads(process.run(argv, timeout=30).stdout)
+    segment = header["segments"]["0"]
+    assert (segment["offset"], segment["encryption"], segment["sector_size"]) == (
+        str(volume.PAYLOAD_OFFSET), "aes-xts-plain64", 4096,
+    )  # fmt: skip
+    assert header["keyslots"]["0"]["kdf"]["iterations"] == 1000
+    assert (volume.version(image), volume.payload_size(image)) == (2, SIZE)
+    volume.grow(image, 2 * SIZE)
+    assert volume.payload_size(image) == 2 * SIZE
+    with pytest.raises(MissingPrerequisite) as caught, volume.attach(image, provider, ACME):
+        pass
+    assert "not here" in caught.value.details
+    assert "modprobe" in caught.value.resolution
 
 
 @pytest.mark.root

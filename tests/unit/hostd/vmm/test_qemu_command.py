@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +83,19 @@ def test_descriptor_numbers_never_meet() -> None:
         set(range(layout.DRIVE_FD, layout.KEY_FD)), set(range(layout.KEY_FD, layout.KEY_FD + 20)),
     ]  # fmt: skip
     assert sum(len(each) for each in ranges) == len(set().union(*ranges))
+
+
+@pytest.mark.req("K1")
+def test_a_disk_that_the_kernel_opened_is_a_device_and_needs_no_passphrase() -> None:
+    whole = machine()
+    data = Drive("data", "/proc/self/fd/33", read_only=False, device=True)
+    argv = layout.command(
+        QEMU, msgspec.structs.replace(whole, drives=(whole.drives[0], data)), "tcg", restored=False
+    )
+    [of_data] = [o for o in options(argv, "-blockdev") if "node-name=data," in o]
+    assert "driver=raw," in of_data
+    assert "file.driver=host_device," in of_data
+    assert "secret" not in " ".join(argv)
 
 
 @pytest.mark.req("S1", "S2")

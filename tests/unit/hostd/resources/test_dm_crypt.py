@@ -1,0 +1,89 @@
+"""Names of open data disks, and which of the host's mapped devices are whose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mvm.core import limits
+from mvm.core.ids import InstanceId
+from mvm.hostd.install import units
+from mvm.hostd.resources import dm_crypt, udev, volume
+from mvm.linux.device_mapper import NAME_MAX, Device
+
+ACME = InstanceId("acme", "default", 0)
+NAME = "mvm-acme--default-0"
+UUID = f"CRYPT-LUKS2-{'0' * 32}-{NAME}"
+
+
+@pytest.mark.req("K1")
+def test_names_and_uuids_fit_for_the_longest_ids_and_are_read_back() -> None:
+    """Also the uuid that cryptsetup makes of it: what is too long it cuts, and two disks could be taken for one."""
+    longest = InstanceId("t" * limits.TENANT_ID_MAX, "p" * limits.POOL_ID_MAX, limits.INSTANCES_PER_POOL - 1)
+    for instance in (ACME, longest):
+        name = dm_crypt.render_name(instance.vm_name)
+        assert len(name) <= NAME_MAX
+        assert len(f"CRYPT-LUKS2-{'0' * 32}-{name}") <= 128
+        assert dm_crypt.parse_name(name) == instance.vm_name
+    with pytest.raises(ValueError, match="too long"):
+        dm_crypt.render_name("x" * 124)
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid"),
+    [
+        ("mvm-root", "LVM-abcdef"),  # a volume group of that name
+        (NAME, UUID + "-1"),
+        (NAME, ""),
+        ("luks-0", UUID),
+        ("mvm-A", f"CRYPT-LUKS2-{'0' * 32}-mvm-A"),
+        (f"{NAME}\n", f"{UUID}\n"),
+    ],
+)
+def test_somebody_elses_device_is_never_taken_for_ours(name: str, uuid: str) -> None:
+    assert dm_crypt.parse(Device(name, uuid, "/dev/dm-0", ("/s/data.img",))) is None
+
+
+@pytest.mark.req("K1")
+def test_a_mapping_is_known_by_the_directory_of_its_image(tmp_path: Path) -> None:
+    image = tmp_path / "volumes" / "data.img"
+    image.parent.mkdir()
+
+    def mapping(below: str) -> dm_crypt.Mapping:
+        found = dm_crypt.parse(Device(NAME, UUID, "/dev/dm-0", (below,)))
+        assert found is not None
+        return found
+
+    assert mapping(str(image)).vm_name == ACME.vm_name
+    for ours in (image, f"{image} (deleted)", image.with_name(".tmp-1")):
+        assert dm_crypt.is_over(mapping(str(ours)), image)
+    for theirs in ("", "/dev/sda1", "/other/root/volumes/data.img", f"{image}/x"):
+        assert not dm_crypt.is_over(mapping(theirs), image)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert dm_crypt.is_over(mapping(str(image)), link / "volumes" / "data.img")
+
+
+@pytest.mark.req("K1", "K2")
+def test_no_command_has_a_key_or_keeps_one_elsewhere() -> None:
+    argv = dm_crypt.render_open(Path("/s/data.img"), NAME)
+    assert argv[argv.index("--key-file") + 1] == "-"
+    assert "--disable-keyring" in argv
+    assert "--allow-discards" not in argv
+    for luks in (1, 2):
+        argv = volume.render_format(Path("/s/data.img"), luks)
+        assert argv[argv.index("--key-file") + 1] == "-"
+
+
+def test_the_kernel_is_expected_to_do_what_the_header_was_made_for() -> None:
+    assert dm_crypt.table(volume.PAYLOAD_OFFSET, 2) == ("aes-xts-plain64", 4096, ("sector_size:4096",))
+    assert dm_crypt.table(volume.PAYLOAD_OFFSET, 1) == ("aes-xts-plain64", 4096, ())
+
+
+@pytest.mark.req("H4")
+def test_the_rules_that_are_shipped_are_those_that_mvm_writes() -> None:
+    text = (units.shipped_dir() / udev.NAME).read_text()
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [udev.RULES]
+    (place,) = [f.target for f in units.FILES if f.source == udev.NAME]
+    assert str(place) == f"{udev.FOLDERS[0]}/{udev.NAME}"
