@@ -322,7 +322,7 @@ class QemuNode:
 
         with self.channel() as channel:
             status = pump(
-                channel, argv, stdin, stdout, stderr, tty=tty, env=env, cwd=cwd or "/root", user=user
+                channel, argv, stdin, stdout, stderr, tty=tty, env=env, cwd=cwd or ("" if user else "/root"), user=user
             )
             return status.shell_code
 
