@@ -80,7 +80,8 @@ def serve(
         )  # fmt: skip
         ledger.recover_node(store, log)
         keys = DevelopmentKeyProvider(root)
-        service = Service(store, DaemonHost(store, keys, driver), chosen.limits, driver.name)
+        host = DaemonHost(store, keys, driver, baseline=chosen.mode == "baseline")
+        service = Service(store, host, chosen.limits, driver.name)
         server = Server(listener, service, gid=gid, operations=chosen.operations, log=log, notifier=notifier)
         server.run()
     except MvmError as error:

@@ -37,7 +37,10 @@ def no_fault(step: str) -> None:
 
 
 class Host:
-    """Implements `mvm.wire.executor.Executor`. `fault` is told every step's name and may end the process there."""
+    """Implements `mvm.wire.executor.Executor`. `fault` is told every step's name and may end the process there.
+
+    `baseline`: whether instances start only with everything that mode demands (`mvm.hostd.operations.confinement`).
+    """
 
     def __init__(
         self,
@@ -47,12 +50,14 @@ class Host:
         *,
         fault: Callable[[str], None] = no_fault,
         lock_wait_s: float = LOCK_WAIT_S,
+        baseline: bool = False,
     ) -> None:
         self._store = store
         self._keys = keys
         self._driver = driver
         self._fault = fault
         self._lock_wait_s = lock_wait_s
+        self._baseline = baseline
 
     def create_instance(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
         check_plan(plan)
@@ -193,7 +198,10 @@ class Host:
         else:
             if plan is not None:
                 self._store.refuse_destroyed(instance.tenant)
-        context = Context(self._store, self._keys, self._driver, record, Stopwatch(progress), self._fault)
+        watch = Stopwatch(progress)
+        context = Context(
+            self._store, self._keys, self._driver, record, watch, self._fault, baseline=self._baseline
+        )
         recover(context)
         if context.record.state is State.DESTROYED:
             remove_remains(context.paths, wipe_volumes=False)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -89,6 +90,27 @@ class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a /proc in the jail would show the host's processes")
 
 
+def unavailable(kinds: Collection[str] = ("mount", "net", "pid")) -> str:
+    """Why the kernel does not give this process such namespaces; "" if it does. Found out by a child of a moment."""
+    hears, says = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            namespaces.unshare(kinds)
+            mount.mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
+        except OSError as error:
+            os.write(says, str(error).encode()[:1000])
+        finally:
+            os._exit(0)
+    os.close(says)
+    try:
+        said = os.read(hears, 1000)
+    finally:
+        os.close(hears)
+        os.waitpid(pid, 0)
+    return said.decode("utf-8", "replace")
+
+
 def fork(jail: Jail | None) -> int:
     """As os.fork(), the child in the jail's PID namespace if it has one. Raises OSError."""
     if jail is not None and "pid" in jail.namespaces:
@@ -127,7 +149,7 @@ def prepare(jail: Jail) -> None:
         mount.mount("mvm-jail", jail.root, "tmpfs", flags, "mode=0755")
         for bind, tree, attributes in trees:
             target = f"{jail.root}{bind.target}"
-            _make_place(target, folder=stat.S_ISDIR(os.fstat(tree).st_mode))
+            _make_place(target, folder=stat.S_ISDIR(_kind(tree)))
             mount_tree.set_attributes(tree, attributes, bind.target)
             mount_tree.attach(tree, target)
         for copy, source in sources:
@@ -170,10 +192,18 @@ def _open(bind: Bind) -> tuple[int, int]:
             tree = os.dup(number)
     else:
         tree = mount_tree.open_tree(bind.source)
-    kind = os.fstat(tree).st_mode
+    kind = _kind(tree)
     if not stat.S_ISCHR(kind) and not stat.S_ISBLK(kind):
         attributes |= mount_tree.NODEV
     return tree, attributes
+
+
+def _kind(tree: int) -> int:
+    """The mode of what a descriptor is open on."""
+    try:
+        return os.fstat(tree).st_mode
+    except PermissionError:
+        return stat.S_IFREG  # the pager's: a file, whose attributes the kernel tells nobody but the VMM's uid
 
 
 def _make_place(target: str, *, folder: bool) -> None:

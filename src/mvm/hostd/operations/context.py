@@ -16,7 +16,7 @@ from mvm.hostd import keeper, sealing
 from mvm.hostd.bounded_log import tail
 from mvm.hostd.guest_channel import GuestChannel, GuestRefusal, WakeReport, connect, lock_path, socket_path
 from mvm.hostd.keys import KeyProvider
-from mvm.hostd.resources import network, volume
+from mvm.hostd.resources import cgroup, network, volume
 from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import Store
 from mvm.hostd.vmm.driver import Driver, Vm
@@ -47,6 +47,8 @@ class Context:
         record: InstanceRecord,
         watch: Stopwatch,
         fault: Callable[[str], None],
+        *,
+        baseline: bool = False,
     ) -> None:
         self.store = store
         self.keys = keys
@@ -54,6 +56,7 @@ class Context:
         self.record = record
         self.watch = watch
         self.fault = fault
+        self.baseline = baseline
         self.paths = store.instance_paths(record.id)
 
     @property
@@ -168,7 +171,9 @@ class Context:
         keeper.end_leftovers(self.paths.runtime, grace_s=0.0 if identity is None else _REAP_S)
 
     def release(self) -> None:
-        """Remove what an ended VM leaves: sockets, locks, mounts; its data disk is locked. Logs and metrics stay."""
+        """Remove what an ended VM leaves: its control group, sockets, locks, mounts; its data disk is locked. Logs and
+        metrics stay."""
+        cgroup.groups().remove(self.id.vm_name)
         volume.lock(self.paths.data_disk, self.id)
         # Only where mvm mounts anything: an operator may have put the volumes or snapshots on another disk.
         for folder in (self.paths.runtime, self.paths.jail):

@@ -7,6 +7,7 @@ from mvm.core.lifecycle import Action
 from mvm.core.plan import InstancePlan
 from mvm.hostd import net_policy
 from mvm.hostd.assembly import assemble, load_revision, require_memory, verify_artifacts
+from mvm.hostd.operations import confinement
 from mvm.hostd.operations.context import BOOT_S, Context
 
 
@@ -22,6 +23,7 @@ def start(context: Context, plan: InstancePlan) -> None:
     context.driver.version()
     require_memory(plan)
     net_policy.require()
+    confinement.require(context)
     with context.step(Action.RUN) as due:
         if not due:
             return
@@ -37,8 +39,10 @@ def start(context: Context, plan: InstancePlan) -> None:
             context.watch.phase("check acceleration")
             fingerprint = context.driver.fingerprint(machine)
             context.watch.phase("start VMM")
+            machine = confinement.confine(context, machine)
             vm = context.driver.start(machine)
         try:
+            confinement.check(machine, vm)
             context.fault("started")
             context.save(
                 records.note(

@@ -19,6 +19,7 @@ from mvm.core.snapshot import WakeReceipt
 from mvm.hostd import net_policy, sealing
 from mvm.hostd.assembly import assemble, has_secrets, load_revision, require_memory
 from mvm.hostd.guest_channel import WakeReport, distrust_ports
+from mvm.hostd.operations import confinement
 from mvm.hostd.operations.context import AWAKE_S, Context
 from mvm.hostd.operations.snapshots import open_latest
 from mvm.hostd.pager import open_memory
@@ -32,6 +33,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
     revision = load_revision(context.store, plan)
     require_memory(plan)
     net_policy.require()
+    confinement.require(context)
     ref = context.record.snapshot
     with context.step(Action.WAKE, ref.id if ref is not None else None) as due:
         if not due or ref is None:
@@ -50,8 +52,10 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 memory = open_memory(image, plan.uid, plan.gid, context.paths.runtime / "memory")
                 opened.callback(memory.close)
                 context.watch.phase("start VMM")
+                machine = confinement.confine(context, machine)
                 vm = context.driver.restore(machine, memory)
                 opened.callback(vm.close)
+                confinement.check(machine, vm)
                 context.record = records.note(
                     context.record,
                     process=vm.identity,

@@ -1,0 +1,114 @@
+"""Control groups on whatever cgroup v2 hierarchy there is, with controllers or without, and on files in their place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mvm.core.errors import MissingPrerequisite, VmmError
+from mvm.hostd import keeper
+from mvm.hostd.resources.cgroup import SLICE, Groups, limits
+from mvm.linux.machine import cgroup_version
+
+pytestmark = pytest.mark.req("H5")
+UID = 1_900_123_458
+NAME = f"mvm-test-{os.getpid()}"
+
+
+@pytest.fixture
+def groups() -> Iterator[Groups]:
+    """A hierarchy that processes can be moved in; what its controllers do is for the development node to show."""
+    mount = cgroup_version()[1]
+    if not mount or os.geteuid() != 0:
+        pytest.skip("needs a cgroup v2 mount, and root")
+    there = Path(mount, "mvm.slice").exists(), Path(mount, SLICE).exists()
+    found = Groups(mount)
+    leaf = found.leaf(NAME)
+    try:
+        leaf.mkdir(parents=True)
+    except OSError as error:
+        pytest.skip(f"no group can be made: {error}")
+    yield found
+    found.remove(NAME)
+    for folder, before in ((leaf.parent, there[1]), (leaf.parent.parent, there[0])):
+        if not before:
+            folder.rmdir()
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "logs").mkdir()
+    yield tmp_path
+    keeper.end_leftovers(tmp_path)
+
+
+@pytest.mark.root
+def test_a_vmm_is_in_its_group_and_ends_with_it(groups: Groups, runtime: Path) -> None:
+    ours, theirs = socket.socketpair()
+    leaf = groups.leaf(NAME)
+    with ours, theirs:
+        program = keeper.Program(
+            ["/bin/sh", "-c", "sleep 100 & exec sleep 100"], {4: theirs.fileno()}, UID, UID, (), cgroup=leaf
+        )
+        vmm, parent = keeper.launch(
+            program, runtime=runtime, console=ours, errors=runtime / "logs" / "vmm.log"
+        )
+    members = (leaf / "cgroup.procs").read_text().split()
+    assert str(vmm.pid) in members
+    assert str(parent.pid) not in members, "it must be there to say how its VMM ended"
+    with pytest.raises(VmmError, match="not in its control group"):
+        groups.verify(NAME, os.getpid())
+    groups.remove(NAME)
+    assert not leaf.exists()
+    assert keeper.await_end(runtime)
+    assert (runtime / keeper.EXIT_FILE).read_text() == str(int(signal.SIGKILL))
+    groups.remove(NAME)  # once more changes nothing
+
+
+@pytest.mark.root
+def test_a_vmm_is_not_started_outside_its_group(runtime: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = keeper.Program(
+            ["/bin/sleep", "100"], {4: theirs.fileno()}, UID, UID, (), cgroup=runtime / "no-such-group"
+        )
+        with pytest.raises(VmmError, match="could not be started") as caught:
+            keeper.launch(program, runtime=runtime, console=ours, errors=runtime / "logs" / "vmm.log")
+    assert "no-such-group" in caught.value.details
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for folder in (tmp_path, tmp_path / "mvm.slice", tmp_path / SLICE):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cgroup.subtree_control").write_text("memory\n")
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    return tmp_path
+
+
+def test_controllers_are_switched_on_all_the_way_down_and_limits_written(files: Path) -> None:
+    groups = Groups(str(files))
+    assert groups.available() == ""
+    leaf = groups.apply("acme-default-0", limits(mem_mib=256, vcpus=2))
+    for folder in (files, files / "mvm.slice", files / SLICE):
+        assert (folder / "cgroup.subtree_control").read_text() == "+cpu +pids"
+    assert (leaf / "memory.max").read_text() == str(512 << 20)
+    assert (leaf / "cpu.max").read_text() == "200000 100000"
+    assert groups.read("acme-default-0") == limits(mem_mib=256, vcpus=2)
+
+
+def test_a_hierarchy_that_cannot_limit_says_so(files: Path) -> None:
+    (files / "cgroup.controllers").write_text("memory hugetlb\n")
+    assert Groups(str(files)).available() == "cgroup v2 has no controller cpu, pids"
+    (files / "cgroup.controllers").unlink()
+    assert "cannot be read" in Groups(str(files)).available()
+    assert Groups("").available() == "no cgroup v2 is mounted"
+    (files / SLICE / "cgroup.subtree_control").unlink()
+    with pytest.raises(MissingPrerequisite, match="no control group") as caught:
+        Groups(str(files)).apply("acme-default-0", limits(mem_mib=256, vcpus=2))
+    assert "cgroup.subtree_control" in caught.value.details
