@@ -322,7 +322,15 @@ class QemuNode:
 
         with self.channel() as channel:
             status = pump(
-                channel, argv, stdin, stdout, stderr, tty=tty, env=env, cwd=cwd or ("" if user else "/root"), user=user
+                channel,
+                argv,
+                stdin,
+                stdout,
+                stderr,
+                tty=tty,
+                env=env,
+                cwd=cwd or ("" if user else "/root"),
+                user=user,
             )
             return status.shell_code
 
