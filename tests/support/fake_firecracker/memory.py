@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 _LOW_BYTES = 3 << 30
+_ROOT_AT, _TABLE_AT = 0xE0000, 0xA0000
+_ROOT = struct.Struct("<8sB6sBIIQB3x")
 _HIGH_AT = 4 << 30
 _MAP_NORESERVE, _MAP_FIXED, _MADV_DONTNEED = 0x4000, 0x10, 4
 
@@ -71,6 +74,14 @@ class GuestMemory:
             done += count
         if self.track:
             self._written.update(range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1))
+
+    def write_tables(self) -> None:
+        """What a boot leaves below 1 MiB for ACPI, where the real one leaves it: the root pointer and its table."""
+        self.write(_TABLE_AT, b"XSDT".ljust(36, b"\0"))
+        raw = bytearray(_ROOT.pack(b"RSD PTR ", 0, b"FAKEFC", 2, 0, _ROOT.size, _TABLE_AT, 0))
+        raw[8] = -sum(raw[:20]) % 256
+        raw[32] = -sum(raw) % 256
+        self.write(_ROOT_AT, bytes(raw))
 
     def discard(self, offset: int, length: int) -> None:
         """Give pages back; they are zero from then on. Over a file's mapping this takes a new mapping on top."""

@@ -30,7 +30,7 @@ from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.guard import require_cgroup
 from mvm.hostd.vmm.firecracker.probe import probe
 from mvm.hostd.vmm.firecracker.version import Version, caution, features
-from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, UNFILTERED_FILE, FirecrackerVm
+from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, SAVED_FILE, UNFILTERED_FILE, FirecrackerVm
 from mvm.hostd.vmm.qemu.probe import Acceleration, remember
 from mvm.linux import machine as host
 from mvm.linux.files import ensure_dir, remove_tree
@@ -220,7 +220,8 @@ def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:
     """The directory that is `/run` in the jail, without anything of an earlier life; descriptors of pipes -> logs."""
     run = machine.runtime / jail.RUN
     remove_tree(run)
-    (machine.runtime / UNFILTERED_FILE).unlink(missing_ok=True)
+    for stale in (UNFILTERED_FILE, SAVED_FILE):
+        (machine.runtime / stale).unlink(missing_ok=True)
     os.mkdir(run, 0o700)
     found: dict[int, Path] = {}
     wanted = ((jail.LOG, Path("logs") / LOG_FILE), (jail.METRICS, Path("metrics") / "vmm.json"))

@@ -92,10 +92,14 @@ def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -
         binds.append(Bind(str(programs.filter_file), top + FILTER))
     for drive in machine.drives:
         target = f"{top}/{drive.id}"
-        if drive.id == "rootfs":
-            binds.append(Bind(drive.path, target))
+        if drive.device or drive.id == "secrets":
+            copies.append(
+                Copy(drive.path, target, machine.uid, machine.gid, 0o400 if drive.read_only else 0o600)
+            )
+        elif drive.key_fd is not None:
+            raise _encrypted(drive)
         else:
-            copies.append(_disk(machine, drive, target))
+            binds.append(Bind(drive.path, target, read_only=drive.read_only))
     return Jail(
         root=root,
         binds=tuple(binds),
@@ -106,11 +110,9 @@ def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -
     )
 
 
-def _disk(machine: Machine, drive: Drive, target: str) -> Copy:
-    if drive.key_fd is not None:
-        raise MissingPrerequisite(
-            "Firecracker cannot open an encrypted data disk by itself",
-            details=f"{drive.path} is a LUKS volume, and this host's kernel has no dm-crypt to open it with.",
-            resolution='Load the module (modprobe dm-crypt), or let QEMU run it: driver = "qemu" below [vmm].',
-        )
-    return Copy(drive.path, target, machine.uid, machine.gid, 0o400 if drive.read_only else 0o600)
+def _encrypted(drive: Drive) -> MissingPrerequisite:
+    return MissingPrerequisite(
+        "Firecracker cannot open an encrypted data disk by itself",
+        details=f"{drive.path} is a LUKS volume, and this host's kernel has no dm-crypt to open it with.",
+        resolution='Load the module (modprobe dm-crypt), or let QEMU run it: driver = "qemu" below [vmm].',
+    )

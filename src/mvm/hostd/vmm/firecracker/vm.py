@@ -42,6 +42,7 @@ STATE_MAX: Final = 10_000_000
 LOG_FILE: Final = "firecracker.log"
 UNFILTERED_FILE: Final = "unfiltered"
 """In the runtime directory, of a VMM that runs without seccomp filters: why. It is there only then."""
+SAVED_FILE: Final = "saved"
 _NOT_SAVED = "memory backing file"
 
 
@@ -66,7 +67,11 @@ class FirecrackerVm:
         self._known = known
         self._strict = strict
         self._api = Api(runtime / jail.RUN / jail.API, uid)
-        self._may_resume = False  # a save has come since the last pause
+
+    @property
+    def _saved(self) -> Path:
+        """There while a save or load has come since the last pause. A file: another process may be next to resume."""
+        return self._runtime / SAVED_FILE
 
     @property
     def identity(self) -> ProcessIdentity:
@@ -115,15 +120,15 @@ class FirecrackerVm:
 
     def pause(self) -> None:
         if self._state() != "Paused":
-            self._may_resume = False
+            self._saved.unlink(missing_ok=True)
             self.ask(rq.SetState("Paused").call())
 
     def resume(self) -> None:
         if self._state() == "Running":
             return
-        if self._known.deaf_resume and not self._may_resume:
+        if self._known.deaf_resume and not self._saved.exists():
             self.save_state()
-        self._may_resume = False
+        self._saved.unlink(missing_ok=True)
         self.ask(rq.SetState("Resumed").call())
 
     def save_state(self) -> bytearray:
@@ -142,7 +147,7 @@ class FirecrackerVm:
                 state = _read(root, jail.STATE_OUT)
             finally:
                 _remove(root, jail.STATE_OUT)
-        self._may_resume = True
+        self._saved.touch(0o600)
         return state
 
     def load_state(self, state: bytes) -> None:
@@ -169,7 +174,7 @@ class FirecrackerVm:
                 ) from error
             finally:
                 _remove(root, jail.STATE_IN)
-        self._may_resume = True
+        self._saved.touch(0o600)
         self.check_filters()
 
     def check_filters(self) -> None:
