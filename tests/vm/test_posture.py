@@ -25,7 +25,7 @@ Started = tuple[QemuWorld, InstancePlan]
 HELD = (
     "memory-in-ram", "volume-encrypted", "no-key-in-sight", "secrets-sealed", "vmm-uid", "vmm-no-capabilities",
     "vmm-no-new-privs", "vmm-seccomp", "artifacts-unchanged", "network-separate", "ipv6-closed", "no-network-control",
-    "keys-wrapped", "firewall",
+    "keys-wrapped", "firewall", "vmm-jail",
 )  # fmt: skip
 
 

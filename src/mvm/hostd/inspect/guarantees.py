@@ -262,8 +262,8 @@ def _seccomp(scene: Scene) -> Verdict:
 
 def _jail(scene: Scene) -> Verdict:
     def judge(vmm: VmmFacts) -> Iterable[str]:
-        shared = [kind for kind in ("mnt", "pid") if kind not in vmm.process.own_namespaces]
-        if vmm.process.root == "/" and "mnt" in shared:
+        shared = [kind for kind in ("mnt", "net", "pid") if kind not in vmm.process.own_namespaces]
+        if vmm.process.root == "/":
             yield "its root directory is the host's"
         if shared:
             yield f"shares the host's namespaces: {', '.join(shared)}"
@@ -296,8 +296,8 @@ def _artifacts(scene: Scene) -> Verdict:
 
 
 def _network_separate(scene: Scene) -> Verdict:
-    if any("net" in vmm.process.own_namespaces for vmm in scene.vmms):
-        return Verdict(None, 0, "VMMs are in another network namespace than this command")
+    if any(vmm.process.apart for vmm in scene.vmms):
+        return Verdict(None, 0, "VMMs were started in another network namespace than this command's")
     owners: dict[str, set[str]] = {}
     for vmm in scene.vmms:
         owners.setdefault(vmm.bridge, set()).add(vmm.instance.partition("/")[0])
@@ -315,8 +315,8 @@ def _network_separate(scene: Scene) -> Verdict:
 
 
 def _ipv6(scene: Scene) -> Verdict:
-    if any("net" in vmm.process.own_namespaces for vmm in scene.vmms):
-        return Verdict(None, 0, "VMMs are in another network namespace than this command")
+    if any(vmm.process.apart for vmm in scene.vmms):
+        return Verdict(None, 0, "VMMs were started in another network namespace than this command's")
 
     def judge(vmm: VmmFacts) -> Iterable[str]:
         for name in (vmm.bridge, vmm.tap):
@@ -341,8 +341,8 @@ def _no_network_control(scene: Scene) -> Verdict:
 
 
 def _firewall(scene: Scene) -> Verdict:
-    if any("net" in vmm.process.own_namespaces for vmm in scene.vmms):
-        return Verdict(None, 0, "VMMs are in another network namespace than this command")
+    if any(vmm.process.apart for vmm in scene.vmms):
+        return Verdict(None, 0, "VMMs were started in another network namespace than this command's")
     if scene.firewall.problem:
         return Verdict(None, 0, scene.firewall.problem)
     problems = [f"not as it should be: {place}" for place in scene.firewall.differences]

@@ -46,8 +46,10 @@ class OpenFile(msgspec.Struct, frozen=True):
 
 
 class ProcessFacts(msgspec.Struct, frozen=True):
-    """`own_namespaces`: kinds in which it differs from this process; `network_sockets`: descriptors of IPv4, IPv6 and
-    packet sockets; `plain_maps`: writable mappings of files on a disk; `limits`: of its cgroup v2, by file name."""
+    """`root`: `/` if its root directory is this process's, else `own`; `own_namespaces`: kinds in which it differs from
+    this process; `apart`: whether its parent is in another network namespace than this process (a VMM's parent is on
+    the node's network, the VMM itself on none); `network_sockets`: descriptors of IPv4, IPv6 and packet sockets;
+    `plain_maps`: writable mappings of files on a disk; `limits`: of its cgroup v2, by file name."""
 
     pid: int
     threads: tuple[ThreadStatus, ...]
@@ -58,6 +60,7 @@ class ProcessFacts(msgspec.Struct, frozen=True):
     network_sockets: int
     root: str
     own_namespaces: tuple[str, ...]
+    apart: bool
     cgroup: str
     limits: dict[str, str]
     core_limit: str
@@ -75,11 +78,14 @@ def read_process(pid: int, mounts: Collection[Mount], unified: str) -> ProcessFa
         files = tuple(_files(base, mounts))
         sockets = {int(f.target[8:-1]) for f in files if f.target.startswith("socket:[")}
         network: set[int] = set()
-        for table in _NET_TABLES:
-            try:
-                network |= text.parse_socket_table(_read(f"{base}/net/{table}"))
-            except FileNotFoundError:
-                continue  # a kernel without that family
+        # It may hold sockets of a namespace that it is not in: those of ours, and of whoever started it.
+        parent = text.parse_parent(_read(f"{base}/status"))
+        for place in dict.fromkeys((base, f"/proc/{parent or pid}", "/proc/thread-self")):
+            for table in _NET_TABLES:
+                try:
+                    network |= text.parse_socket_table(_read(f"{place}/net/{table}"))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue  # a kernel without that family, or a parent that has ended
         cgroup = text.parse_unified_cgroup(_read(f"{base}/cgroup"))
         return ProcessFacts(
             pid=pid,
@@ -93,8 +99,9 @@ def read_process(pid: int, mounts: Collection[Mount], unified: str) -> ProcessFa
                 if is_persistent(mapping.device, mapping.inode, mapping.path, mounts)
             ),
             network_sockets=len(sockets & network),
-            root=os.readlink(f"{base}/root"),
+            root="/" if os.path.samestat(os.stat(f"{base}/root/"), os.stat("/")) else "own",
             own_namespaces=tuple(kind for kind in NAMESPACES if _differs(base, kind)),
+            apart=_differs(f"/proc/{parent or pid}", "net"),
             cgroup=cgroup,
             limits=_limits(f"{unified}{cgroup}") if unified and cgroup else {},
             core_limit=text.parse_core_limit(_read(f"{base}/limits")),

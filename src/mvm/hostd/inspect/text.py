@@ -74,6 +74,14 @@ def parse_swaps(text: str) -> tuple[Swap, ...]:
     return tuple(Swap(row[0].replace("\\040", " "), row[1]) for row in rows if len(row) >= 5)
 
 
+def parse_parent(status: str) -> int:
+    """The parent's pid from /proc/PID/status; 0 if it has none that we can see."""
+    for line in status.splitlines():
+        if line.startswith("PPid:"):
+            return int(line.split()[1])
+    return 0
+
+
 def parse_unified_cgroup(text: str) -> str:
     """The path in the unified hierarchy from /proc/PID/cgroup; "" if it is in none."""
     for line in text.split("\n"):

@@ -48,7 +48,7 @@ FILES = (
 PROCESS = ProcessFacts(
     pid=77, threads=(THREAD, THREAD), argv=("qemu-system-x86_64", "-name", "acme-default-0"),
     environ=tuple(f"{k}={v}" for k, v in clean_environment().items()), files=FILES, plain_maps=(), network_sockets=0,
-    root="/jail", own_namespaces=("mnt", "pid"), cgroup="/mvm/acme-default-0",
+    root="own", own_namespaces=("mnt", "net", "pid"), apart=False, cgroup="/mvm/acme-default-0",
     limits={"memory.max": "1000", "pids.max": "64", "cpu.max": "100000 100000"}, core_limit="0 0",
 )  # fmt: skip
 VMM = VmmFacts(
@@ -208,8 +208,10 @@ WRONG: list[tuple[str, Scene]] = [
     ("vmm-no-new-privs", thread(no_new_privs=False)),
     ("vmm-seccomp", thread(seccomp=0)),
     ("vmm-seccomp", thread(seccomp=1)),
-    ("vmm-jail", process(own_namespaces=("pid",), root="/")),
-    ("vmm-jail", process(own_namespaces=("mnt",))),
+    ("vmm-jail", process(own_namespaces=("net", "pid"), root="/")),
+    ("vmm-jail", process(root="/")),
+    ("vmm-jail", process(own_namespaces=("mnt", "net"))),
+    ("vmm-jail", process(own_namespaces=("mnt", "pid"))),
     ("vmm-limits", process(limits={})),
     ("vmm-limits", process(limits={**PROCESS.limits, "memory.max": "max"})),
     ("vmm-limits", process(limits={**PROCESS.limits, "cpu.max": "max 100000"})),
@@ -258,9 +260,9 @@ def test_what_could_be_a_key_is_not_printed() -> None:
 UNSEEN: list[tuple[str, Scene]] = [
     ("vmm-seccomp", scene(unreadable=("acme/default-0: damaged",))),
     ("volume-locked", scene(hidden_processes=(1,))),
-    ("network-separate", process(own_namespaces=("net",))),
-    ("ipv6-closed", process(own_namespaces=("net",))),
-    ("firewall", process(own_namespaces=("net",))),
+    ("network-separate", process(apart=True)),
+    ("ipv6-closed", process(apart=True)),
+    ("firewall", process(apart=True)),
     ("firewall", scene(firewall=FirewallFacts((), "nft is not installed"))),
 ]
 
