@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 
 from . import versions
 from .guest import Guest
@@ -20,18 +19,6 @@ NO_KVM = (
     "Kvm error: Error creating KVM object: No such file or directory (os error 2) Make sure the user launching the "
     "firecracker process is configured on the /dev/kvm file's ACL."
 )
-
-
-_RSDP_AT, _XSDT_AT = 0xE0000, 0xE1000
-
-
-def write_acpi_tables(memory: GuestMemory) -> None:
-    """The root of what a guest finds its devices by, at the address where the program puts it (ACPI 6.5, 5.2.5.3)."""
-    root = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"FAKEFC", 2, 0, 36, _XSDT_AT, 0))
-    root[8] = -sum(root[:20]) % 256
-    root[32] = -sum(root) % 256
-    memory.write(_RSDP_AT, bytes(root))
-    memory.write(_XSDT_AT, b"XSDT" + struct.pack("<I", 36) + bytes(28))
 
 
 class Machine(Resources):
@@ -70,7 +57,6 @@ class Machine(Resources):
             self._machine["mem_size_mib"] * MIB, track=self._machine["track_dirty_pages"]
         )
         self._memory.write_tables()
-        write_acpi_tables(self._memory)
         self._run_guest(restored=False)
         self._resume()
 
