@@ -34,7 +34,7 @@ from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
 from mvm.hostd.vmm.driver import Drive, Machine, Nic, Wants
-from mvm.linux.files import ensure_dir, read_bounded, write_atomic
+from mvm.linux.files import ensure_dir, fsync_dir, read_bounded, write_atomic
 from mvm.linux.machine import memory_available
 
 # What a VMM needs beside the guest's memory: its own code, translation buffers, page tables.
@@ -117,6 +117,9 @@ def assemble(
 
         if cold and not paths.data_disk.exists():
             volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
+        elif cold:
+            # Whoever made it may have died before he synced its name, and the guest will rely on it.
+            fsync_dir(paths.volumes)
         data = opened.enter_context(volume.attach(paths.data_disk, keys, plan.instance))
         tenant = plan.instance.tenant
         secrets = secrets_store.load(store.tenant_dir(tenant) / secrets_store.STORE_NAME, keys, tenant)
