@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.fake_firecracker.client import LOAD, Fake, message, read_answer, running
+from tests.support.world import World, network_namespace
 
 PRE = "The requested operation is not supported before starting the microVM."
 POST = "The requested operation is not supported after starting the microVM."
@@ -363,18 +362,17 @@ def test_a_running_drive_and_balloon_can_be_changed(fake: Fake) -> None:
 
 
 @pytest.mark.root
-def test_a_tap_is_opened_at_once_and_by_one(fake: Fake) -> None:
-    name = f"fc{os.getpid() % 10**6}"
-    nic = {"iface_id": "eth0", "host_dev_name": name, "guest_mac": "06:00:00:00:00:01"}
-    if not Path("/dev/net/tun").exists():
-        pytest.skip("needs /dev/net/tun")
-    fake.do("PUT", "/network-interfaces/eth0", nic)
-    assert name in dict(socket.if_nameindex()).values()
-    again = {**nic, "iface_id": "eth1", "guest_mac": "06:00:00:00:00:02"}
-    assert "Device or resource busy" in fake("PUT", "/network-interfaces/eth1", again).fault
-    same = {**nic, "iface_id": "eth1", "host_dev_name": "other"}
-    assert "already in use" in fake("PUT", "/network-interfaces/eth1", same).fault
-    long = {"iface_id": "eth1", "host_dev_name": "a" * 16}
-    assert "Invalid interface name" in fake("PUT", "/network-interfaces/eth1", long).fault
-    fake.end()
-    assert name not in dict(socket.if_nameindex()).values()
+@pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="needs /dev/net/tun")
+def test_a_tap_is_opened_at_once_and_by_one(tmp_path: Path) -> None:
+    nic = {"iface_id": "eth0", "host_dev_name": "fc0", "guest_mac": "06:00:00:00:00:01"}
+    with network_namespace():
+        with running(tmp_path) as fake:
+            fake.do("PUT", "/network-interfaces/eth0", nic)
+            assert "fc0" in World.links()
+            again = {**nic, "iface_id": "eth1", "guest_mac": "06:00:00:00:00:02"}
+            assert "Device or resource busy" in fake("PUT", "/network-interfaces/eth1", again).fault
+            same = {**nic, "iface_id": "eth1", "host_dev_name": "other"}
+            assert "already in use" in fake("PUT", "/network-interfaces/eth1", same).fault
+            long = {"iface_id": "eth1", "host_dev_name": "a" * 16}
+            assert "Invalid interface name" in fake("PUT", "/network-interfaces/eth1", long).fault
+        assert "fc0" not in World.links()
