@@ -36,6 +36,20 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
 
 
+# As systemd does: descriptors from 3 on, and the variables name the process that is to have them.
+_HAND_OVER = """
+import os, sys
+count = int(sys.argv[1])
+given = [int(number) for number in sys.argv[2:2 + count]]
+high = [os.dup2(fd, 100 + n) for n, fd in enumerate(given)]
+for n, fd in enumerate(high):
+    os.dup2(fd, 3 + n)
+os.closerange(3 + count, 200)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count))
+os.execv(sys.argv[2 + count], sys.argv[2 + count:])
+"""
+
+
 class Daemon:
     """A running daemon. `log` is its standard error, one JSON object a line."""
 
@@ -54,7 +68,8 @@ class Daemon:
         self.await_ready()
         return self
 
-    def launch(self) -> None:
+    def launch(self, handed: Sequence[socket.socket] = ()) -> None:
+        """`handed`: sockets it gets as systemd hands them over."""
         self._notice.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._listener.bind(str(self._notice))
@@ -62,10 +77,13 @@ class Daemon:
         argv += [str(self._root), str(self.socket), str(self.settings)]
         if self._capabilities is not None:
             argv += ["--", *self._capabilities]
+        fds = [sock.fileno() for sock in handed]
+        if fds:
+            argv = [sys.executable, "-c", _HAND_OVER, str(len(fds)), *map(str, fds), *argv]
         env = {**os.environ, "NOTIFY_SOCKET": str(self._notice), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds
             )
 
     def await_ready(self) -> None:
