@@ -29,6 +29,14 @@ def test_the_units_capabilities() -> None:
     assert set(line.split()) == {f"CAP_{name}" for name in (*confine.CAPABILITIES, "SETPCAP")}
 
 
+@pytest.mark.req("H3")
+def test_a_driver_that_needs_more_adds_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert confine.wanted_by(["qemu"]) == tuple(confine.CAPABILITIES)
+    monkeypatch.setitem(confine.DRIVERS, "other", {"MKNOD": "mknod(2) of its devices", "KILL": "as everybody"})
+    assert confine.wanted_by(["qemu", "other"]) == (*confine.CAPABILITIES, "MKNOD")
+    assert "MKNOD" not in confine.wanted_by(["qemu"])
+
+
 @pytest.mark.req("H2")
 def test_documented_verbs() -> None:
     text = (ROOT / "docs" / "formats" / "hostd-protocol.md").read_text()

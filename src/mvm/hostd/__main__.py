@@ -58,9 +58,10 @@ def serve(
     driver: Driver,
     *,
     prepare: Sequence[Path] = (),
-    keep: Collection[str] = tuple(confine.CAPABILITIES),
+    keep: Collection[str] | None = None,
 ) -> int:
-    """The daemon's whole life. `prepare`: directories to make. `keep`: capabilities; tests take some away."""
+    """The daemon's whole life. `prepare`: directories to make. `keep`: capabilities, in place of those it needs: tests
+    take some away."""
     log = Log()
     notifier = sd_notify.Notifier()
     try:
@@ -73,7 +74,7 @@ def serve(
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         gid = _group(chosen.group, log)
         listener = _listener(path, gid)
-        held = confine.confine(keep)
+        held = confine.confine(confine.wanted_by([driver.name]) if keep is None else keep)
         log.info(
             "confined", capabilities=" ".join(sorted(held.effective)), no_new_privs=held.no_new_privs,
             seccomp=held.seccomp,

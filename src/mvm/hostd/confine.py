@@ -1,6 +1,7 @@
 """What the daemon gives up before it listens to anybody, and the proof that it has.
 
-    capabilities   all but CAPABILITIES, in every set, the bounding set included: no program it starts has more either
+    capabilities   all but CAPABILITIES and what its drivers name in DRIVERS, in every set, the bounding set included:
+                   no program it starts has more either
     privileges     no_new_privs: none can be gained by executing something
     system calls   the allow-list of `mvm.linux.seccomp`, inherited by every program it starts
     then           /proc/thread-self/status is read back; the daemon does not start if it says anything else
@@ -26,6 +27,15 @@ CAPABILITIES: Final[dict[str, str]] = {
     " VMM's jail: unshare(2), mounts, pivot_root(2)",
     "SYS_PTRACE": "reading a paused VMM's memory (/proc/<pid>/mem, pagemap) to seal it",
 }
+
+DRIVERS: Final[dict[str, dict[str, str]]] = {"qemu": {}}
+"""What a driver's VMM needs besides, with the call that needs it: kept only where that driver is used."""
+
+
+def wanted_by(drivers: Collection[str]) -> tuple[str, ...]:
+    """Everything a daemon with these drivers keeps."""
+    more = {name for driver in drivers for name in DRIVERS.get(driver, {})}
+    return (*CAPABILITIES, *sorted(more - CAPABILITIES.keys()))
 
 
 def confine(
