@@ -52,18 +52,37 @@ def state(rig: Rig, tenant: str) -> str:
     return str(shown["instances"][0]["state"])
 
 
-@pytest.mark.req("O4", "L5", "S1", "S2")
+def open_disks(rig: Rig) -> list[str]:
+    """Data disks that the kernel has open."""
+    return rig.sh("cat /sys/block/dm-*/dm/name 2>/dev/null || true").split()
+
+
+@pytest.mark.req("O4", "L5", "S1", "S2", "K1")
 def test_a_life_with_kvm(rig: Rig, tenant: str) -> None:
     rig.sh(f"mvm tenant run {tenant}", timeout=240)
     info = json.loads(rig.sh("mvm node info --output json"))
     assert info["vmm"]["accel"] == "kvm", "the node's own probe boots a kernel with it"
     assert "-accel kvm" in rig.sh("ps -eo args | grep '[q]emu-system'")
+    assert open_disks(rig) == [f"mvm-{tenant}--default-0"]
     rig.sh(f"mvm tenant exec {tenant} -- sh -c 'echo kept in memory >/run/memory'")
     rig.sh(f"mvm tenant sleep {tenant}")
     assert state(rig, tenant) == "sleeping"
+    assert open_disks(rig) == []
     assert rig.sh("ps -eo args | grep -c '[q]emu-system' || true").strip() == "0"
     rig.sh(f"mvm tenant wake {tenant}")
     assert rig.sh(f"mvm tenant exec {tenant} -- cat /run/memory").strip() == "kept in memory"
+    assert open_disks(rig) == [f"mvm-{tenant}--default-0"]
+
+
+@pytest.mark.req("K1", "L7")
+def test_a_lost_vmm_leaves_no_disk_open_before_anybody_looks(rig: Rig, tenant: str) -> None:
+    rig.sh(f"mvm tenant run {tenant}", timeout=240)
+    assert open_disks(rig) != []
+    rig.sh("kill -9 $(pgrep qemu-system)")
+    rig.sh("for i in $(seq 100); do ls /sys/block | grep -q dm- || exit 0; sleep 0.1; done; exit 1")
+    rig.sh(f"mvm tenant run {tenant}", timeout=240)
+    rig.sh(f"mvm tenant stop {tenant}", timeout=240)
+    assert open_disks(rig) == []
 
 
 @pytest.mark.req("O4", "L3", "K1")
