@@ -5,7 +5,7 @@ and makes links under /dev/disk from labels and uuids that the guest chooses: a 
 the host. The rules are read before device mapper's own and tell all of them to look away; the node is root's.
 
 `mvm bootstrap` installs the file. Without it (one user's machine, no daemon) it is put into /run before the first disk
-is opened, until the next boot; who cannot write there, as the confined daemon cannot, opens no disk without it.
+is opened, until the next boot; who cannot write there opens no disk without it.
 """
 
 from __future__ import annotations
