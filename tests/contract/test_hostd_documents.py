@@ -32,7 +32,9 @@ def test_the_units_capabilities() -> None:
 @pytest.mark.req("H3")
 def test_a_driver_that_needs_more_adds_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert confine.wanted_by(["qemu"]) == tuple(confine.CAPABILITIES)
-    monkeypatch.setitem(confine.DRIVERS, "other", {"MKNOD": "mknod(2) of its devices", "KILL": "as everybody"})
+    monkeypatch.setitem(
+        confine.DRIVERS, "other", {"MKNOD": "mknod(2) of its devices", "KILL": "as everybody"}
+    )
     assert confine.wanted_by(["qemu", "other"]) == (*confine.CAPABILITIES, "MKNOD")
     assert "MKNOD" not in confine.wanted_by(["qemu"])
 

@@ -100,6 +100,8 @@ def rendered(node: NodeInfo) -> list[str]:
         ("Firecracker", _version(node, "firecracker")),
         ("jailer", _version(node, "jailer")),
         ("cgroup", f"{host.cgroup} {' '.join(host.controllers)}".strip()),
+        ("jail", _possible(host.no_jail)),
+        ("limits", _possible(host.no_limits)),
         ("nftables", f"{nft.version or 'not installed'}, {tried}"),
         ("FUSE", has["/dev/fuse"]),
         ("userfaultfd", has["/dev/userfaultfd"]),
@@ -120,6 +122,13 @@ def rendered(node: NodeInfo) -> list[str]:
     ]
     rows += [("not seen", text) for text in node.unseen]
     return aligned(rows)
+
+
+def _possible(problem: str | None) -> str:
+    """Of what every VMM is to have: in development mode it runs without."""
+    if problem is None:
+        return "only root can see this"
+    return f"NONE for VMMs of this host: {problem}" if problem else "for every VMM"
 
 
 def _version(node: NodeInfo, name: str) -> str:

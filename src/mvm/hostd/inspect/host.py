@@ -11,7 +11,9 @@ from typing import Final
 
 import msgspec
 
+from mvm.hostd import jail
 from mvm.hostd.inspect import text
+from mvm.hostd.resources import cgroup
 from mvm.linux import machine
 
 _KVM_GET_API_VERSION: Final = 0xAE00
@@ -46,6 +48,9 @@ class SwapFacts(msgspec.Struct, frozen=True):
 
 
 class HostFacts(msgspec.Struct, frozen=True):
+    """`no_jail`, `no_limits`: why VMMs can be given no namespaces, no control groups here; "" if they can, None if only
+    root can tell."""
+
     root: bool
     environment: str
     hypervisor: bool
@@ -71,6 +76,8 @@ class HostFacts(msgspec.Struct, frozen=True):
     state: tuple[PathFacts, ...]
     disk_total: int
     disk_free: int
+    no_jail: str | None = None
+    no_limits: str = ""
 
 
 def read_host(root: Path) -> HostFacts:
@@ -104,6 +111,8 @@ def read_host(root: Path) -> HostFacts:
         state=state_paths(root),
         disk_total=disk.f_blocks * disk.f_frsize,
         disk_free=disk.f_bavail * disk.f_frsize,
+        no_jail=jail.unavailable() if os.geteuid() == 0 else None,
+        no_limits=cgroup.groups().available(),
     )
 
 
