@@ -192,7 +192,8 @@ class World:
         """Names below the instance's directory, with what varies from run to run left out."""
         base = self.paths(plan).base
         found = {str(path.relative_to(base)) for path in base.rglob("*") if not path.is_dir()}
-        return {name for name in found if not name.startswith(("runtime/logs/", "snapshots/latest/"))}
+        varying = ("runtime/logs/", "runtime/metrics/", "snapshots/latest/")
+        return {name for name in found if not name.startswith(varying)}
 
     def assert_nothing_runs(self, plan: InstancePlan, *, sleeping: bool = False) -> None:
         """No process, mount, link, socket, lock of a VM, or half of anything."""

@@ -24,7 +24,7 @@ from mvm.hostd.log import Log
 from mvm.hostd.server import Server
 from mvm.hostd.service import Service
 from mvm.hostd.store import DEFAULT_ROOT, Store
-from mvm.hostd.vmm.qemu.driver import QemuDriver
+from mvm.hostd.vmm.choice import Choice, choose
 from mvm.linux import sd_notify
 from mvm.linux.sockets import listen_unix
 
@@ -48,20 +48,20 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = options(sys.argv[1:] if argv is None else argv)
-    return serve(given.root, given.socket, given.settings, QemuDriver(given.cache), prepare=(given.cache,))
+    return serve(given.root, given.socket, given.settings, given.cache, prepare=(given.cache,))
 
 
 def serve(
     root: Path,
     path: Path,
     settings_file: Path,
-    driver: Driver,
+    driver: Driver | Path,
     *,
     prepare: Sequence[Path] = (),
     keep: Collection[str] | None = None,
 ) -> int:
-    """The daemon's whole life. `prepare`: directories to make. `keep`: capabilities, in place of those it needs: tests
-    take some away."""
+    """The daemon's whole life. `driver`: or the cache directory of those that the settings name. `prepare`: directories
+    to make. `keep`: capabilities, in place of those it needs: tests take some away."""
     log = Log()
     notifier = sd_notify.Notifier()
     try:
@@ -74,15 +74,18 @@ def serve(
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         gid = _group(chosen.group, log)
         listener = _listener(path, gid)
-        held = confine.confine(confine.wanted_by([driver.name]) if keep is None else keep)
+        baseline = chosen.mode == "baseline"
+        drivers = choose(chosen.vmm, driver, confined=baseline) if isinstance(driver, Path) else driver
+        names = drivers.names if isinstance(drivers, Choice) else (drivers.name,)
+        held = confine.confine(confine.wanted_by(names) if keep is None else keep)
         log.info(
             "confined", capabilities=" ".join(sorted(held.effective)), no_new_privs=held.no_new_privs,
             seccomp=held.seccomp,
         )  # fmt: skip
         ledger.recover_node(store, log)
         keys = DevelopmentKeyProvider(root)
-        host = DaemonHost(store, keys, driver, baseline=chosen.mode == "baseline")
-        service = Service(store, host, chosen.limits, driver.name)
+        host = DaemonHost(store, keys, drivers, baseline=baseline)
+        service = Service(store, host, chosen.limits, drivers.name)
         server = Server(listener, service, gid=gid, operations=chosen.operations, log=log, notifier=notifier)
         server.run()
     except MvmError as error:

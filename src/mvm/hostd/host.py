@@ -24,6 +24,7 @@ from mvm.hostd.operations.wake import wake
 from mvm.hostd.recovery import recover
 from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import LOCK_WAIT_S, Store
+from mvm.hostd.vmm.choice import Choice
 from mvm.hostd.vmm.driver import Driver
 from mvm.linux.files import locked
 from mvm.wire.executor import Progress, no_progress
@@ -46,7 +47,7 @@ class Host:
         self,
         store: Store,
         keys: KeyProvider,
-        driver: Driver,
+        driver: Driver | Choice,
         *,
         fault: Callable[[str], None] = no_fault,
         lock_wait_s: float = LOCK_WAIT_S,

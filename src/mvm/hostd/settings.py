@@ -13,6 +13,16 @@
     running = 200            # instances of this node
     running_mem_mib = 65536  # memory of all of them; left out: what the host has
 
+    [vmm]
+    driver = "auto"                      # or "firecracker", "qemu": see mvm.hostd.vmm.choice
+    directory = "/opt/mvm/firecracker"   # of the programs firecracker and jailer, of one release
+    sha256 = { firecracker = "...", jailer = "..." }   # left out: whatever is there
+
+    [[vmm.strict_filters]]               # for tenants with seccomp = "strict"; left out: there is none
+    version = "1.16.1"
+    path = "/etc/mvm/firecracker-1.16.1-strict.bpf"
+    sha256 = "..."
+
 Without the file the bounds of the types hold and nothing more.
 """
 
@@ -28,6 +38,7 @@ from msgspec import Meta
 
 from mvm.core import limits
 from mvm.core.errors import InvalidInput, Refused
+from mvm.hostd.vmm.choice import VmmSettings
 from mvm.linux.files import read_bounded
 
 FILE: Final = Path("/etc/mvm/hostd.toml")
@@ -49,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z_][a-z0-9_-]*\Z")] = "mvm"
     operations: Annotated[int, Meta(ge=1, le=64)] = 8
     limits: HostLimits = HostLimits()
+    vmm: VmmSettings = VmmSettings()
 
 
 def parse(text: str) -> Settings:

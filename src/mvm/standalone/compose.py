@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mvm.core.ids import TenantId
     from mvm.hostd.keys import KeyProvider
     from mvm.hostd.store import Store
+    from mvm.hostd.vmm.choice import Choice
     from mvm.standalone.ports import Host, Workshop
 
 CACHE = Path("/var/cache/mvm")
@@ -42,16 +43,34 @@ def key_provider(root: Path) -> KeyProvider:
 
 
 def host(store: Store, keys: KeyProvider) -> Host:
-    """The daemon if there is one, else this process with QEMU, the driver that every machine has packages for."""
+    """The daemon if there is one, else this process with the VMMs of this host (`drivers`)."""
     path = daemon_socket(store.root)
     if path is not None:
         from mvm.standalone.remote import SocketHost
 
         return SocketHost(path)
     from mvm.hostd.host import Host as RealHost
-    from mvm.hostd.vmm.qemu.driver import QemuDriver
 
-    return RealHost(store, keys, QemuDriver(CACHE))
+    return RealHost(store, keys, drivers())
+
+
+def drivers() -> Choice:
+    """As hostd's settings say, where there are any, and the environment over them: $MVM_VMM (auto, firecracker, qemu)
+    and $MVM_FIRECRACKER, the directory of its programs."""
+    import msgspec
+
+    from mvm.hostd import settings
+    from mvm.hostd.vmm.choice import VmmSettings, choose
+
+    try:
+        chosen = settings.load(settings.FILE).vmm
+    except PermissionError:
+        chosen = VmmSettings()  # whoever may not read them cannot start anything either
+    given = {
+        "driver": os.environ.get("MVM_VMM") or chosen.driver,
+        "directory": os.environ.get("MVM_FIRECRACKER") or chosen.directory,
+    }
+    return choose(msgspec.convert({**msgspec.structs.asdict(chosen), **given}, VmmSettings), CACHE)
 
 
 def workshop(store: Store) -> Workshop:

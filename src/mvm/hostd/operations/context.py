@@ -19,6 +19,7 @@ from mvm.hostd.keys import KeyProvider
 from mvm.hostd.resources import cgroup, network, volume
 from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import Store
+from mvm.hostd.vmm.choice import Choice, driver_of
 from mvm.hostd.vmm.driver import Driver, Vm
 from mvm.linux import pidfd
 from mvm.linux.files import fsync_dir, remove_tree
@@ -43,7 +44,7 @@ class Context:
         self,
         store: Store,
         keys: KeyProvider,
-        driver: Driver,
+        drivers: Driver | Choice,
         record: InstanceRecord,
         watch: Stopwatch,
         fault: Callable[[str], None],
@@ -52,12 +53,22 @@ class Context:
     ) -> None:
         self.store = store
         self.keys = keys
-        self.driver = driver
+        self.drivers = drivers
+        self._driver: Driver | None = None
         self.record = record
         self.watch = watch
         self.fault = fault
         self.baseline = baseline
         self.paths = store.instance_paths(record.id)
+
+    @property
+    def driver(self) -> Driver:
+        """Of the VMM it has or sleeps under; a start sets another. MissingPrerequisite if the host has it no more."""
+        return self._driver or driver_of(self.drivers, self.record)
+
+    @driver.setter
+    def driver(self, chosen: Driver) -> None:
+        self._driver = chosen
 
     @property
     def id(self) -> InstanceId:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from mvm.core import record as records
 from mvm.core.lifecycle import Action
 from mvm.core.plan import InstancePlan
+from mvm.core.revision import INITRD, KERNEL
 from mvm.hostd import net_policy
 from mvm.hostd.assembly import assemble, load_revision, require_memory, verify_artifacts
 from mvm.hostd.operations import confinement
 from mvm.hostd.operations.context import BOOT_S, Context
+from mvm.hostd.vmm.choice import driver_for
 
 
 def start(context: Context, plan: InstancePlan) -> None:
@@ -20,6 +22,8 @@ def start(context: Context, plan: InstancePlan) -> None:
     if not context.due(Action.RUN):
         return
     revision = load_revision(context.store, plan)
+    folder = context.store.revisions_dir / plan.revision
+    context.driver = driver_for(context.drivers, folder / KERNEL, folder / INITRD)
     context.driver.version()
     require_memory(plan)
     net_policy.require()

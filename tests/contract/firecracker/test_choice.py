@@ -1,0 +1,90 @@
+"""Which VMM is chosen, and why; and that what sleeps wakes under what it slept under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.fake_firecracker import install
+from tests.support.firecracker_world import firecracker_world
+
+from mvm.core.errors import MissingPrerequisite
+from mvm.core.lifecycle import State
+from mvm.hostd.settings import parse
+from mvm.hostd.vmm.choice import Choice, VmmSettings, choose
+from mvm.hostd.vmm.qemu.driver import QemuDriver
+from mvm.hostd.vmm.qemu.probe import Acceleration
+
+pytestmark = pytest.mark.root
+
+
+def firecracker(
+    tmp_path: Path, *, boots: bool = True, asked: str = "auto", version: str = "1.16.1"
+) -> Choice:
+    programs = install(tmp_path / "programs", version=version)
+    made = choose(VmmSettings(driver=asked, directory=str(programs)), tmp_path / "cache")  # type: ignore[arg-type]
+    if made._firecracker is not None:
+        answer = Acceleration("kvm", "it boots") if boots else Acceleration("none", "no stock kernel boots")
+        made._firecracker.acceleration = lambda kernel, initrd: answer  # type: ignore[method-assign]
+    return made
+
+
+def test_auto_is_firecracker_where_it_boots(tmp_path: Path) -> None:
+    driver, why = firecracker(tmp_path).for_start(tmp_path, tmp_path)
+    assert (driver.name, why) == ("firecracker", "it boots")
+
+
+def test_auto_is_qemu_where_it_does_not_and_says_why(tmp_path: Path) -> None:
+    driver, why = firecracker(tmp_path, boots=False).for_start(tmp_path, tmp_path)
+    assert (driver.name, why) == ("qemu", "no stock kernel boots")
+
+
+def test_auto_is_qemu_without_the_programs(tmp_path: Path) -> None:
+    made = choose(VmmSettings(directory=str(tmp_path)), tmp_path / "cache")
+    driver, why = made.for_start(tmp_path, tmp_path)
+    assert driver.name == "qemu"
+    assert "not installed" in why
+    assert made.names == ("qemu",)
+
+
+def test_what_is_asked_for_and_missing_is_an_error(tmp_path: Path) -> None:
+    made = choose(VmmSettings(driver="firecracker", directory=str(tmp_path)), tmp_path / "cache")
+    with pytest.raises(MissingPrerequisite):
+        made.for_start(tmp_path, tmp_path)
+
+
+def test_an_old_version_is_not_chosen(tmp_path: Path) -> None:
+    programs = install(tmp_path / "programs", version="1.14.4")
+    made = choose(VmmSettings(directory=str(programs)), tmp_path / "cache")
+    driver, why = made.for_start(tmp_path, tmp_path)
+    assert driver.name == "qemu"
+    assert "too old" in why
+
+
+@pytest.mark.req("S4")
+def test_what_sleeps_wakes_under_the_same_vmm_whatever_is_asked_for_now(tmp_path: Path) -> None:
+    programs = install(tmp_path / "programs")
+    with firecracker_world(programs) as world:
+        plan = world.plan()
+        qemu = QemuDriver(tmp_path / "cache")
+        world.host().create_instance(plan)
+        world.host().sleep_instance(plan.instance)
+        world.host(driver=Choice("qemu", qemu, world.driver)).wake_instance(plan)  # type: ignore[arg-type]
+        vmm = world.record(plan).vmm
+        assert vmm is not None
+        assert vmm.driver == "firecracker"
+        world.host().sleep_instance(plan.instance)
+        gone = world.host(driver=Choice("auto", qemu, None, "Firecracker is not installed"))  # type: ignore[arg-type]
+        with pytest.raises(MissingPrerequisite):
+            gone.wake_instance(plan)
+        assert world.record(plan).state is State.SLEEPING
+        gone.stop_instance(plan.instance)
+        assert world.record(plan).state is State.STOPPED
+
+
+def test_settings_name_the_vmm() -> None:
+    found = parse(
+        f'[vmm]\ndriver = "firecracker"\ndirectory = "/opt/fc"\nsha256 = {{ firecracker = "{"a" * 64}" }}\n'
+    )
+    assert (found.vmm.driver, found.vmm.directory) == ("firecracker", "/opt/fc")
+    assert parse("").vmm.driver == "auto"
