@@ -136,7 +136,7 @@ class FakeDriver:
             argv = [interpreter(), "-I", "-S", "-B", f"/proc/self/fd/{PROGRAM_FD}", json.dumps(wish)]
             served = fake_vmm.MEMORY_FD if memory is not None and memory.serve is not None else None
             vmm, keeper = launch(
-                Program(argv, fds, machine.uid, machine.gid, (), served=served),
+                Program(argv, fds, machine.uid, machine.gid, (), served=served, cgroup=machine.cgroup),
                 runtime=machine.runtime,
                 console=ours,
                 errors=machine.runtime / "logs" / "vmm.log",
