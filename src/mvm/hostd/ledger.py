@@ -33,10 +33,10 @@ from mvm.core.record import InstanceRecord, entitled
 from mvm.hostd import keeper, net_policy, sealing
 from mvm.hostd.operations.context import KEPT
 from mvm.hostd.operations.stop import remove_remains
-from mvm.hostd.resources import audit, network, volume
+from mvm.hostd.resources import audit, cgroup, network, volume
 from mvm.hostd.sealing.directory import LATEST
+from mvm.linux import machine
 from mvm.linux import netlink as nl
-from mvm.linux import process
 from mvm.linux.files import TEMPORARY_PREFIX, locked, remove_tree
 from mvm.linux.mount import detach, mounts_below
 
@@ -44,10 +44,8 @@ if TYPE_CHECKING:
     from mvm.hostd.log import Log
     from mvm.hostd.store import InstancePaths, Store
 
-CGROUPS = Path("/sys/fs/cgroup/mvm.slice/mvm-instances")
 _BLOCK = Path("/sys/block")
 _ROUNDS: Final = 4
-_CLOSE_S: Final = 30.0
 _KEEPER: Final = "mvm-keeper"
 
 Observer = Callable[["Store"], Iterator[Seen]]
@@ -239,17 +237,23 @@ def links(store: Store) -> Iterator[Seen]:
 
 
 def cgroups(store: Store) -> Iterator[Seen]:
+    leaves_in = _leaves()
     try:
-        with os.scandir(CGROUPS) as entries:
+        with os.scandir(leaves_in) as entries:
             leaves = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return
     for leaf in leaves:
         try:
-            events = (CGROUPS / leaf / "cgroup.events").read_text(encoding="ascii")
+            events = (leaves_in / leaf / "cgroup.events").read_text(encoding="ascii")
         except FileNotFoundError:
             continue
         yield Seen(Kind.CGROUP, leaf, in_use="populated 1" in events)
+
+
+def _leaves() -> Path:
+    _, mount = machine.cgroup_version()
+    return Path(mount or "/nonexistent") / cgroup.SLICE
 
 
 def mappings(store: Store) -> Iterator[Seen]:
@@ -385,12 +389,15 @@ def _detach(store: Store, name: str) -> None:
 
 
 def _close_mapping(store: Store, name: str) -> None:
-    process.run(["cryptsetup", "close", name], timeout=_CLOSE_S)
+    instance = ledger.instance_of(Kind.MAPPING, name)
+    if instance is None:
+        raise Conflict(f"the mapping {name} is over a file of this root's, and no instance is called so")
+    volume.lock(store.instance_paths(instance).data_disk, instance)
 
 
 def _remove_leaf(store: Store, name: str) -> None:
     try:
-        os.rmdir(CGROUPS / name)  # EBUSY if a process came in
+        os.rmdir(_leaves() / name)  # EBUSY if a process came in
     except FileNotFoundError:
         pass
 
