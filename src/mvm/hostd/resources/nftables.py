@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mvm.core import firewall
 from mvm.core.errors import InvalidInput, MissingPrerequisite
@@ -182,17 +182,50 @@ def _parsed(items: list[dict[str, dict[str, Any]]]) -> Ruleset:
             names = ("type", "hook", "prio", "policy", "dev")
             hooks[family, body["name"]] = " ".join(str(body[name]) for name in names if name in body)
         elif kind == "rule":
-            rules.setdefault((family, body["chain"]), []).append(_canonical(body["expr"]))
+            rules.setdefault((family, body["chain"]), []).append(_canonical(_named(body["expr"])))
         elif kind in ("set", "map"):
             elements = body.get("elem", [])
             extra = {k: v for k, v in body.items() if k not in ("family", "name", "table", "handle", "elem")}
+            plain = (_plain(element, in_map=kind == "map") for element in elements)
             sets[family, body["name"]] = ObservedSet(
-                _canonical(extra), frozenset(_plain(element, in_map=kind == "map") for element in elements)
+                _canonical(extra), frozenset(_named_fields(element, body.get("type")) for element in plain)
             )
         else:
             others.append(_canonical({kind: {k: v for k, v in body.items() if k != "handle"}}))
     chains = {place: ObservedChain(hook, tuple(rules.get(place, ()))) for place, hook in hooks.items()}
     return Ruleset(frozenset(tables), chains, sets, tuple(others))
+
+
+# nft says protocols by the names of /etc/protocols, which a plain Debian has only where `netbase` is installed.
+_PROTOCOLS: Final = {"1": "icmp", "6": "tcp", "17": "udp"}
+_L4: Final = {"meta": {"key": "l4proto"}}
+
+
+def _named(expression: Any) -> Any:
+    """A rule's statements with names for the protocols that it matches on by number."""
+    if isinstance(expression, list):
+        return [_named(part) for part in expression]
+    if not isinstance(expression, dict):
+        return expression
+    match = expression.get("match")
+    if not isinstance(match, dict) or match.get("left") != _L4:
+        return expression
+    right = match.get("right")
+    if isinstance(right, dict) and isinstance(right.get("set"), list):
+        right = {"set": [_PROTOCOLS.get(str(one), one) for one in right["set"]]}
+    elif isinstance(right, int):
+        right = _PROTOCOLS.get(str(right), right)
+    return {"match": {**match, "right": right}}
+
+
+def _named_fields(element: Element, kind: Any) -> Element:
+    types = kind if isinstance(kind, list) else [kind]
+    if "inet_proto" not in types or len(types) != len(element):
+        return element
+    return tuple(
+        _PROTOCOLS.get(field, field) if name == "inet_proto" else field
+        for field, name in zip(element, types, strict=True)
+    )
 
 
 def _plain(element: Any, *, in_map: bool) -> Element:

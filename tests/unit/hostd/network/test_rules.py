@@ -37,6 +37,25 @@ def shown(policy: Policy) -> bytes:
 
 
 @given(POLICIES)
+def test_protocols_may_be_told_by_number(policy: Policy) -> None:
+    """As nft does where there is no /etc/protocols."""
+    text = shown(policy).decode()
+    names = {"icmp": 1, "tcp": 6, "udp": 17}
+    items = json.loads(text)
+    for item in items["nftables"]:
+        (body,) = item.values()
+        for part in body.get("expr", ()):
+            match = part.get("match", {})
+            if match.get("left") == {"meta": {"key": "l4proto"}}:
+                match["right"] = {"set": [names[name] for name in match["right"]["set"]]}
+        if "inet_proto" in body.get("type", ()):
+            at = body["type"].index("inet_proto")
+            for element in body.get("elem", ()):
+                element["concat"][at] = names.get(element["concat"][at], element["concat"][at])
+    assert nftables.parse(json.dumps(items).encode()) == nftables.parse(text.encode())
+
+
+@given(POLICIES)
 def test_what_was_rendered_is_read_back_as_the_same(policy: Policy) -> None:
     if policy.tenants:
         assert nftables.parse(shown(policy)) == nftables.ruleset(policy)
