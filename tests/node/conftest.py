@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,9 @@ from mvm.dev.choose import CACHE, FOLDER
 from mvm.dev.qemu import QemuNode
 from mvm.hostd.keeper import anything_left
 from mvm.linux import machine
+
+if TYPE_CHECKING:
+    from tests.node.guests import Guests
 
 ROOT = Path(__file__).resolve().parents[2]
 MEM_MIB = 3072
@@ -43,9 +47,10 @@ class Rig:
         assert code is None or done.returncode == code, (arguments, done.stdout, done.stderr)
         return done
 
-    def sh(self, script: str, *, stdin: bytes = b"", timeout: float = 120) -> str:
+    def sh(self, script: str, *, stdin: bytes = b"", timeout: float = 120, user: str = "root") -> str:
         """Standard output of a shell script in the node, which must succeed."""
-        done = self.mvm("shell", "--", "/bin/sh", "-euc", script, stdin=stdin, timeout=timeout)
+        who = () if user == "root" else ("--user", user)
+        done = self.mvm("shell", *who, "--", "/bin/sh", "-euc", script, stdin=stdin, timeout=timeout)
         return done.stdout.decode()
 
 
@@ -63,6 +68,14 @@ def _cannot() -> str:
     except MvmError as error:
         return f"{error.brief}: {error.resolution}"
     return ""
+
+
+@pytest.fixture(scope="session")
+def guests(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Guests:
+    """What makes tenants in the node."""
+    from tests.node.guests import Guests
+
+    return Guests(rig, tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(scope="session")

@@ -1,55 +1,20 @@
-"""A tenant's life by the installed mvm in the node, with KVM; and what a loss of power leaves of it.
-
-The guest is built on this computer, whose Nix has it already, and its revision is copied in: the node has no network to
-fetch packages from.
-"""
+"""A tenant's life by the installed mvm in the node, with KVM; and what a loss of power leaves of it."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 
 import pytest
 from tests.node.conftest import Rig
+from tests.node.guests import Guests, state
 
 pytestmark = [pytest.mark.node]
 
 
 @pytest.fixture(scope="module")
-def tenant(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`acme`, built and not running, in the node."""
-    here = Rig(tmp_path_factory.mktemp("state"))
-    here.mvm(
-        "tenant",
-        "create",
-        "acme",
-        "--flake",
-        "nix/embedded",
-        "--profile",
-        "minimal",
-        "--mem",
-        "192",
-        "--data-disk",
-        "64",
-    )
-    here.mvm("tenant", "build", "acme", timeout=900)
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", dereference=True) as archive:
-        archive.add(here.root, arcname=".", filter=_stored)
-    # Synced: tar does not, and a test below takes the power away.
-    rig.sh("tar -x -C /var/lib/mvm --no-same-owner -p; sync -f /var/lib/mvm", stdin=out.getvalue())
-    return "acme"
-
-
-def _stored(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Sockets have no place in an archive."""
-    return entry if entry.isreg() or entry.isdir() else None
-
-
-def state(rig: Rig, tenant: str) -> str:
-    shown = json.loads(rig.sh(f"mvm tenant show {tenant} --output json"))
-    return str(shown["instances"][0]["state"])
+def tenant(guests: Guests) -> str:
+    """Built and not running, in the node."""
+    return guests.create("acme")
 
 
 def open_disks(rig: Rig) -> list[str]:
