@@ -14,19 +14,22 @@ from mvm.wire.hostd_api import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "systemd" / "mvm-hostd.service"
+FIRECRACKER = ROOT / "systemd" / "10-firecracker.conf"
 
 
 @pytest.mark.req("H3")
 def test_documented_capabilities() -> None:
     text = (ROOT / "docs" / "privileges.md").read_text()
     documented = dict(re.findall(r"^\| `CAP_(\w+)` \| (.*) \|$", text, re.MULTILINE))
-    assert documented == confine.CAPABILITIES
+    assert documented == {**confine.CAPABILITIES, **confine.DRIVERS["firecracker"]}
 
 
 @pytest.mark.req("H3", "H7")
 def test_the_units_capabilities() -> None:
     (line,) = re.findall(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)
     assert set(line.split()) == {f"CAP_{name}" for name in (*confine.CAPABILITIES, "SETPCAP")}
+    (more,) = re.findall(r"^CapabilityBoundingSet=(.*)$", FIRECRACKER.read_text(), re.MULTILINE)
+    assert set(more.split()) == {f"CAP_{name}" for name in confine.DRIVERS["firecracker"]}
 
 
 @pytest.mark.req("H3")

@@ -26,6 +26,7 @@ from mvm.hostd.service import Service
 from mvm.hostd.store import DEFAULT_ROOT, Store
 from mvm.hostd.vmm.choice import Choice, choose
 from mvm.linux import sd_notify
+from mvm.linux.capabilities import status
 from mvm.linux.sockets import listen_unix
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def serve(
         listener = _listener(path, gid)
         baseline = chosen.mode == "baseline"
         drivers = choose(chosen.vmm, driver, confined=baseline) if isinstance(driver, Path) else driver
+        if isinstance(drivers, Choice) and keep is None:
+            drivers = _possible(drivers)
         names = drivers.names if isinstance(drivers, Choice) else (drivers.name,)
         held = confine.confine(confine.wanted_by(names) if keep is None else keep)
         log.info(
@@ -93,6 +96,17 @@ def serve(
         notifier.tell(f"STATUS={error.brief}")
         return error.exit_code
     return 0
+
+
+def _possible(drivers: Choice) -> Choice:
+    """Without a driver whose VMM needs rights that we were not given."""
+    missing = set(confine.wanted_by(drivers.names)) - set(confine.wanted_by([])) - status().permitted
+    if not missing:
+        return drivers
+    lacks = ", ".join(f"CAP_{name}" for name in sorted(missing))
+    return drivers.without_firecracker(
+        f"mvm-hostd lacks {lacks}: its unit needs the drop-in 10-firecracker.conf (docs/privileges.md)"
+    )
 
 
 def _standard_input() -> None:

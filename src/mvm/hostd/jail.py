@@ -227,7 +227,7 @@ def _copy(copy: Copy, source: int, target: str) -> None:
         at = 0
         while count := os.sendfile(fd, source, at, 1 << 20):
             at += count
-        os.fchown(fd, copy.uid, copy.gid)
         os.fchmod(fd, copy.mode)
+        os.fchown(fd, copy.uid, copy.gid)  # last: the mode is the owner's to change
     finally:
         os.close(fd)

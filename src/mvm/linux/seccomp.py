@@ -55,11 +55,11 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
         76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82,
         "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "chmod": 90,
         "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "umask": 95, "statfs": 137, "fstatfs":
-        138, "sync": 162, "readahead": 187, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190,
+        138, "sync": 162, "readahead": 187, "mknod": 133, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190,
         "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193, "listxattr": 194, "llistxattr": 195,
         "flistxattr": 196, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "getdents64":
         217, "fadvise64": 221, "utimes": 235, "inotify_add_watch": 254, "inotify_rm_watch": 255,
-        "openat": 257, "mkdirat": 258, "fchownat": 260, "newfstatat": 262, "unlinkat": 263, "renameat":
+        "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260, "newfstatat": 262, "unlinkat": 263, "renameat":
         264, "linkat": 265, "symlinkat": 266, "readlinkat": 267, "fchmodat": 268, "faccessat": 269,
         "sync_file_range": 277, "utimensat": 280, "fallocate": 285, "dup3": 292, "inotify_init1": 294,
         "preadv": 295, "pwritev": 296, "syncfs": 306, "renameat2": 316, "copy_file_range": 326,

@@ -65,7 +65,7 @@ def test_arguments() -> None:
 
 DANGEROUS = [
     "ptrace", "bpf", "kexec_load", "init_module", "io_uring_setup", "userfaultfd",
-    "perf_event_open", "chroot", "reboot", "swapon", "pidfd_getfd", "keyctl", "mknod",
+    "perf_event_open", "chroot", "reboot", "swapon", "pidfd_getfd", "keyctl",
 ]  # fmt: skip
 
 

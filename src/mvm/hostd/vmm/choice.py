@@ -56,6 +56,10 @@ class Choice:
         self._firecracker = firecracker
         self._absent = absent
 
+    def without_firecracker(self, why: str) -> Choice:
+        """The same, on a host that turns out not to be able to."""
+        return Choice(self.asked, self._qemu, None, why)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of every driver that may be used."""

@@ -217,7 +217,10 @@ class FirecrackerDriver:
 
 
 def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:
-    """The directory that is `/run` in the jail, without anything of an earlier life; descriptors of pipes -> logs."""
+    """The directory that is `/run` in the jail, without anything of an earlier life; descriptors of pipes -> logs.
+
+    It is the jailer that gives it to the uid.
+    """
     run = machine.runtime / jail.RUN
     remove_tree(run)
     for stale in (UNFILTERED_FILE, SAVED_FILE):
@@ -233,5 +236,4 @@ def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:
         opened.callback(os.close, fd)
         found[fd] = machine.runtime / log
     ensure_dir(machine.runtime / "metrics")
-    os.chown(run, machine.uid, machine.gid)
     return found

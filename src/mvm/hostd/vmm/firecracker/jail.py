@@ -104,8 +104,8 @@ def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -
         root=root,
         binds=tuple(binds),
         copies=tuple(copies),
-        # Not `net`: taps are opened by name, on the host's bridges. Not `pid`: the keeper's is the VMM's as well.
-        namespaces=frozenset({"mount", "ipc", "uts"}),
+        # Not `net`: taps are opened by name, on the host's bridges. `pid` is the keeper's and the VMM's in common.
+        namespaces=frozenset({"mount"}),
         pivot=False,
     )
 
