@@ -240,7 +240,12 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
         pager.close()
 
     return GuestMemory(
-        handle, (*pager.descriptors(), *image.descriptors()), pager.serve, close, pager.decrypted, pager.answered
+        handle,
+        (*pager.descriptors(), *image.descriptors()),
+        pager.serve,
+        close,
+        pager.decrypted,
+        pager.answered,
     )
 
 
