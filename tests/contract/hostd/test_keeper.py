@@ -140,9 +140,7 @@ def test_it_gives_up_its_rights_once_the_vmm_runs(
 @pytest.mark.parametrize("jailed", [True, False])
 def test_a_vmm_ends_with_its_keeper(runtime: Path, start: Start, tmp_path: Path, jailed: bool) -> None:
     (tmp_path / "jail").mkdir()
-    vmm, parent = start(
-        "exec sleep 100", jail=Jail(root=tmp_path / "jail", pivot=False) if jailed else None
-    )
+    vmm, parent = start("exec sleep 100", jail=Jail(root=tmp_path / "jail", pivot=False) if jailed else None)
     os.kill(parent.pid, signal.SIGKILL)
     until = time.monotonic() + 10
     while is_alive(vmm):
