@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mvm.hostd.vmm.driver import Driver
     from mvm.hostd.vmm.firecracker.driver import FirecrackerDriver
 
-PROGRAMS: Final = "/opt/mvm/firecracker"
+PROGRAMS: Final = "/usr/lib/mvm/firecracker/current"
 
 
 class StrictFilter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
