@@ -16,7 +16,7 @@
 # anything installed, from those verified copies. Any mismatch ends it with nothing changed.
 #
 # What it installs: /opt/mvm.d/<id>, a virtual environment, complete before /opt/mvm is switched to it in one step;
-# /usr/bin/mvm and /usr/bin/mvm-hostd; /usr/lib/mvm/firecracker/<version>/. It starts nothing: `mvm bootstrap` does.
+# /usr/bin/mvm and /usr/bin/mvm-hostd; /usr/lib/mvm/firecracker/<version>/, and `current` for it. It starts nothing: `mvm bootstrap` does.
 # Interrupted, it leaves what was installed before; running it again goes on. Exit status: 0, or 1 with the reason.
 set -eu
 umask 022
@@ -292,6 +292,10 @@ else
     building=''
 fi
 
+switch() { # switch TARGET LINK: in one step, whatever was there
+    ln -sfn -- "$1" "$2.new"
+    mv -T -- "$2.new" "$2"
+}
 if [ -n "$fc_version" ] && [ ! -d "$fc_place" ]; then
     mkdir -p "${fc_place%/*}"
     new=$(mktemp -d "${fc_place%/*}/.new-XXXXXX")
@@ -303,11 +307,8 @@ if [ -n "$fc_version" ] && [ ! -d "$fc_place" ]; then
     building=''
     say "installed $fc_place"
 fi
+[ -z "$fc_version" ] || switch "$fc_version" "${fc_place%/*}/current"
 
-switch() { # switch TARGET LINK: in one step, whatever was there
-    ln -sfn -- "$1" "$2.new"
-    mv -T -- "$2.new" "$2"
-}
 before=$(readlink -- "$opt/mvm" || true)
 switch "mvm.d/$id" "$opt/mvm"
 for name in mvm mvm-hostd; do

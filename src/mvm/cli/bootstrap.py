@@ -40,7 +40,7 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     from mvm.cli.progress import Progress
     from mvm.hostd.install import needs, units
     from mvm.hostd.install.apply import apply
-    from mvm.hostd.install.observe import observe, program_check, require_systemd
+    from mvm.hostd.install.observe import firecracker_is_there, observe, program_check, require_systemd
     from mvm.hostd.install.plan import plan
     from mvm.hostd.install.verify import verify
 
@@ -59,13 +59,10 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     _warn(app, lacks)
     shipped = units.load()
     root = Path(DEFAULT_ROOT)
-    steps = plan(
-        observe(shipped, root),
-        shipped,
-        mode=mode,
-        emulation=development and needs.emulated(checks),
-        root=root,
-    )
+    conditional = {units.FIRECRACKER} if firecracker_is_there() else set()
+    if development and needs.emulated(checks):
+        conditional.add(units.EMULATION)
+    steps = plan(observe(shipped, root), shipped, mode=mode, conditional=conditional, root=root)
     if dry_run:
         _tell(app, steps, done=False)
         app.say("Nothing was changed." if steps else "Nothing would be changed.")

@@ -15,7 +15,7 @@
 
     [vmm]
     driver = "auto"                      # or "firecracker", "qemu": see mvm.hostd.vmm.choice
-    directory = "/opt/mvm/firecracker"   # of the programs firecracker and jailer, of one release
+    directory = "/usr/lib/mvm/firecracker/current"   # of the programs firecracker and jailer, of one release
     sha256 = { firecracker = "...", jailer = "..." }   # left out: whatever is there
 
     [[vmm.strict_filters]]               # for tenants with seccomp = "strict"; left out: there is none

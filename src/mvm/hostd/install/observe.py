@@ -92,6 +92,11 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def firecracker_is_there() -> bool:
+    """Whether its programs are where the settings say; whether they are any good the daemon finds out."""
+    return os.path.exists(Path(settings.load(settings.FILE).vmm.directory) / "firecracker")
+
+
 def _has_group() -> bool:
     try:
         grp.getgrnam("mvm")

@@ -6,7 +6,7 @@ A host that is as wanted gives no steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -86,9 +86,10 @@ class Observed(msgspec.Struct, frozen=True):
 
 
 def plan(
-    observed: Observed, shipped: Mapping[Path, bytes], *, mode: str, emulation: bool, root: Path
+    observed: Observed, shipped: Mapping[Path, bytes], *, mode: str, conditional: Collection[Path], root: Path
 ) -> list[Step]:
-    """Conflict if a file of ours was written by somebody else; InvalidInput if hostd.toml is not valid."""
+    """`conditional`: those of `units.CONDITIONAL` that are wanted. Conflict if a file of ours was written by somebody
+    else; InvalidInput if hostd.toml is not valid."""
     steps: list[Step] = []
     changed: set[Path] = set()
     for target, data in shipped.items():
@@ -99,9 +100,9 @@ def plan(
                 details="It does not begin as a file that `mvm bootstrap` installed.",
                 resolution=f"See what it is for. To have mvm's own instead: rm {target}",
             )
-        if target == units.EMULATION and not emulation:
+        if target in units.CONDITIONAL and target not in conditional:
             if there is not None:
-                steps.append(RemoveFile("guests run with KVM", target))
+                steps.append(RemoveFile("this host does not need it", target))
                 changed.add(target)
         elif there != data:
             why = "an older one is there" if there is not None else _PURPOSE[target]

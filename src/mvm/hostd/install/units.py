@@ -16,15 +16,17 @@ SYSUSERS: Final = Path("/etc/sysusers.d/mvm.conf")
 TMPFILES: Final = Path("/etc/tmpfiles.d/mvm.conf")
 _UNITS: Final = Path("/etc/systemd/system")
 EMULATION: Final = _UNITS / f"{SERVICE}.d" / "10-emulation.conf"
+FIRECRACKER: Final = _UNITS / f"{SERVICE}.d" / "10-firecracker.conf"
+CONDITIONAL: Final = frozenset({EMULATION, FIRECRACKER})
+"""Installed where guests are emulated in software, and where Firecracker's programs are; removed elsewhere."""
 _ADVICE: Final = "What is to be different here goes into a drop-in: systemctl edit"
 
 
 class Shipped(NamedTuple):
-    """`source`: its name in `shipped_dir`. `emulation`: only where guests are emulated in software."""
+    """`source`: its name in `shipped_dir`."""
 
     source: str
     target: Path
-    emulation: bool = False
 
 
 FILES: Final = (
@@ -34,7 +36,8 @@ FILES: Final = (
     Shipped("mvm.slice", _UNITS / "mvm.slice"),
     Shipped(SOCKET, _UNITS / SOCKET),
     Shipped(SERVICE, _UNITS / SERVICE),
-    Shipped("10-emulation.conf", EMULATION, emulation=True),
+    Shipped("10-emulation.conf", EMULATION),
+    Shipped("10-firecracker.conf", FIRECRACKER),
 )
 
 
@@ -58,6 +61,6 @@ def rendered(source: str, text: str) -> bytes:
 
 
 def load() -> dict[Path, bytes]:
-    """target -> content, of every file, emulation's included."""
+    """target -> content, of every file, those of CONDITIONAL included."""
     folder = shipped_dir()
     return {f.target: rendered(f.source, (folder / f.source).read_text(encoding="utf-8")) for f in FILES}

@@ -32,7 +32,7 @@ SHIPPED = {f.target: units.rendered(f.source, f"content of {f.source}\n") for f 
 UP = Unit(enabled=True, active=True, failed=False, stale=False)
 DOWN = Unit(enabled=False, active=False, failed=False, stale=False)
 DONE = Observed(
-    files={path: data for path, data in SHIPPED.items() if path != units.EMULATION},
+    files={path: data for path, data in SHIPPED.items() if path not in units.CONDITIONAL},
     settings='mode = "baseline"\n', group=True, places=True, node_id=True, service=UP, socket=UP, code_changed=False,
 )  # fmt: skip
 BARE = Observed(
@@ -48,10 +48,10 @@ BARE = Observed(
 
 
 def steps(
-    mode: str = "baseline", emulation: bool = False, before: Observed = DONE, **changes: Any
+    mode: str = "baseline", conditional: tuple[Path, ...] = (), before: Observed = DONE, **changes: Any
 ) -> list[Step]:
     return plan(
-        msgspec.structs.replace(before, **changes), SHIPPED, mode=mode, emulation=emulation, root=ROOT
+        msgspec.structs.replace(before, **changes), SHIPPED, mode=mode, conditional=conditional, root=ROOT
     )
 
 
@@ -68,7 +68,7 @@ def test_a_bare_host_gets_everything_in_order() -> None:
     found = steps(before=BARE)
     assert [type(step) for step in found] == [WriteFile] * 6 + [Run] * 3 + [WriteFile, MakeNodeId, Run, Run]
     assert {s.path for s in found if isinstance(s, WriteFile)} == {
-        *SHIPPED.keys() - {units.EMULATION}, settings.FILE,
+        *SHIPPED.keys() - units.CONDITIONAL, settings.FILE,
     }  # fmt: skip
     assert commands(found)[-2:] == [
         "systemctl enable mvm-hostd.socket mvm-hostd.service",
@@ -119,14 +119,16 @@ def test_a_daemon_that_failed_is_started_again() -> None:
     ]
 
 
-def test_emulation_is_lifted_where_kvm_is() -> None:
-    (write, *after) = steps(mode="development", emulation=True)
+@pytest.mark.parametrize("path", sorted(units.CONDITIONAL))
+def test_a_drop_in_is_there_where_the_host_needs_it_and_goes_where_not(path: Path) -> None:
+    (write, *after) = steps(conditional=(path,))
     assert isinstance(write, WriteFile)
-    assert write.path == units.EMULATION
+    assert write.path == path
     assert commands(after)[-1] == "systemctl restart mvm-hostd.service"
-    (remove, *after) = steps(files=SHIPPED)
+    assert steps(conditional=(path,), files={**DONE.files, path: SHIPPED[path]}) == []
+    (remove, *after) = steps(files={**DONE.files, path: SHIPPED[path]})
     assert isinstance(remove, RemoveFile)
-    assert remove.path == units.EMULATION
+    assert remove.path == path
     assert commands(after) == ["systemctl daemon-reload", "systemctl restart mvm-hostd.service"]
 
 
