@@ -62,12 +62,19 @@ class Lives:
     def act(self, truth: Truth, action: Action, where: float, *, power: bool | None = None) -> None:
         """Do it, crash at `where` of its effects (0 to 1; past nine tenths perhaps not at all), recover, check."""
         wipe = action is Action.DESTROY and self.rng.random() < 0.5
-        verb = _verb(truth.plan, action, wipe)
         # The same action has more to do in one state than in another; how much is learnt from those that finish.
-        what = f"{action} from {truth.state}"
-        known = self.node.effects.get(what, 0)
-        killed = self.node.hostd(verb, 1 + int(where * known * 1.1) if known else None, what)
-        power_lost = killed and (self.rng.random() < 0.15 if power is None else power)
+        known = self.node.effects.get(f"{action} from {truth.state}", 0)
+        kill_at = 1 + int(where * known * 1.1) if known else None
+        lost = self.rng.random() < 0.15 if power is None else power
+        self.crash(truth, action, kill_at, power=lost, wipe=wipe)
+
+    def crash(
+        self, truth: Truth, action: Action, kill_at: int | None, *, power: bool = False, wipe: bool = False
+    ) -> bool:
+        """Do it, and kill hostd (or with `power` the node) before effect `kill_at`. Whether it came to that."""
+        verb = _verb(truth.plan, action, wipe)
+        killed = self.node.hostd(verb, kill_at, f"{action} from {truth.state}")
+        power_lost = killed and power
         if power_lost:
             self.node.lose_power(self.rng)
         if killed:
@@ -76,6 +83,13 @@ class Lives:
             self.counts[f"done {action}"] += 1
         power_lost |= self._recover()
         self.check(truth, action, killed=killed, power_lost=power_lost, wipe=wipe)
+        return killed
+
+    def lose_power(self) -> None:
+        """The node loses its power while nobody does anything."""
+        self.node.lose_power(self.rng)
+        self._recover()
+        self.check(None, None, killed=False, power_lost=True)
 
     def _recover(self) -> bool:
         """hostd starts, and is killed at it a few times; at the last it is not. Whether the power went as well."""
@@ -117,14 +131,20 @@ class Lives:
     # What must be true after every recovery.
 
     def check(
-        self, acted: Truth, action: Action, *, killed: bool, power_lost: bool, wipe: bool = False
+        self,
+        acted: Truth | None,
+        action: Action | None,
+        *,
+        killed: bool,
+        power_lost: bool,
+        wipe: bool = False,
     ) -> None:
         for truth in self.truths:
             record = self._record(truth.plan)
             found = None if record is None else record.state
             mine = truth is acted
             self._check_state(truth, found, action if mine else None, killed, power_lost)
-            if mine and isinstance(TRANSITIONS[truth.state or State.CREATED, action], Step):
+            if mine and action is not None:
                 fresh = action is Action.RUN or found not in (State.RUNNING, State.SLEEPING)
                 if fresh and (found is not truth.state or not killed):
                     truth.memory = None
