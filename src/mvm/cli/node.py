@@ -51,7 +51,9 @@ def info(app: App, probe: bool) -> None:
     if member is not None:
         store = Store(Path(app.root))  # what of it can be seen; the rest is the daemon's to tell
     keys = compose.key_provider(Path(app.root))
-    found = read_node(store, keys, QemuDriver(compose.CACHE), compose.CACHE, probe=probe)
+    found = read_node(
+        store, keys, QemuDriver(compose.CACHE), compose.CACHE, probe=probe, choice=compose.drivers()
+    )
     if member is not None:
         found = told_by_daemon(found, member)
     if app.json:

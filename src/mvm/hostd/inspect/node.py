@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mvm.core.ids import TenantId
     from mvm.hostd.keys import KeyProvider
     from mvm.hostd.store import Store
+    from mvm.hostd.vmm.choice import Choice
+    from mvm.hostd.vmm.driver import Driver
     from mvm.hostd.vmm.qemu.driver import QemuDriver
 
 NOT_PROBED = "not probed yet: that happens at the first run, or with: mvm node info --probe"
@@ -66,12 +68,22 @@ class NodeInfo(msgspec.Struct, frozen=True):
     unseen: tuple[str, ...]
 
 
-def read_node(store: Store, keys: KeyProvider, driver: QemuDriver, cache: Path, *, probe: bool) -> NodeInfo:
-    """Everything. `probe`: boot the newest revision's kernel, at most 15 s, if the answer is not known yet; this
-    needs root and writes the answer to `cache`, and is the only thing here that changes anything."""
+def read_node(
+    store: Store,
+    keys: KeyProvider,
+    driver: QemuDriver,
+    cache: Path,
+    *,
+    probe: bool,
+    choice: Choice | None = None,
+) -> NodeInfo:
+    """Everything. `choice`: the drivers of this host, if it may have others than QEMU. `probe`: boot the newest
+    revision's kernel, at most 15 s a driver, if the answer is not known yet; this needs root and writes the answer to
+    `cache`, and is the only thing here that changes anything."""
     unseen: list[str] = []
     tools = read_tools()
     accel = acceleration(store, tools, cache, driver if probe else None)
+    vmm, why = _chosen(store, choice, probe)
     networks, instances = _tenants(store, unseen)
     node_id = _node_id(store, unseen)
     return NodeInfo(
@@ -80,7 +92,7 @@ def read_node(store: Store, keys: KeyProvider, driver: QemuDriver, cache: Path, 
         host=read_host(store.root),
         tools=tools,
         nft=read_nft(),
-        vmm=_vmm(store, driver, tools, accel),
+        vmm=vmm or _vmm(store, driver, tools, accel, why),
         key_provider=keys.name,
         key_warning=keys.warning,
         networks=tuple(networks),
@@ -139,11 +151,8 @@ def newest_revision(store: Store) -> RevisionId | None:
     return None
 
 
-def _vmm(store: Store, driver: QemuDriver, tools: dict[str, Tool], accel: Acceleration) -> Vmm:
+def _vmm(store: Store, driver: QemuDriver, tools: dict[str, Tool], accel: Acceleration, why: str) -> Vmm:
     tool = tools["qemu-system-x86_64"]
-    why = "the only driver in this version"
-    if tools["firecracker"].path:
-        why += "; Firecracker is installed and not used"
     incremental = None
     newest = newest_revision(store)
     if accel.accel and newest is not None:
@@ -153,6 +162,33 @@ def _vmm(store: Store, driver: QemuDriver, tools: dict[str, Tool], accel: Accele
         except (MvmError, OSError):
             incremental = None
     return Vmm(driver.name, why, tool.version, accel.accel, accel.reason, bool(tool.path), incremental)
+
+
+def _chosen(store: Store, choice: Choice | None, probe: bool) -> tuple[Vmm | None, str]:
+    """What a start would use now and why, the former None if that is QEMU.
+
+    With `probe`, found out by booting the newest revision's kernel with Firecracker, where that is installed.
+    """
+    if choice is None:
+        return None, "the only driver asked for"
+    newest = newest_revision(store)
+    folder = None if newest is None else store.revisions_dir / newest
+    if probe and folder is not None:
+        found: tuple[Driver, str] | None = choice.for_start(folder / KERNEL, folder / INITRD)
+    else:
+        found = choice.known(None if folder is None else folder / KERNEL)
+    if found is None:
+        version = choice.named("firecracker").version()
+        return Vmm(
+            "firecracker", "if a guest boots with it, else QEMU", version, "", NOT_PROBED, True, None
+        ), ""
+    driver, why = found
+    if driver.name != "firecracker":
+        return None, why
+    try:
+        return Vmm(driver.name, why, driver.version(), "kvm", why, True, True), why
+    except MvmError as error:
+        return Vmm(driver.name, why, "", "", error.brief, False, None), why
 
 
 def _node_id(store: Store, unseen: list[str]) -> str:

@@ -92,6 +92,21 @@ class Choice:
             return self._qemu, found.reason
         return self._firecracker, found.reason
 
+    def known(self, kernel: Path | None) -> tuple[Driver, str] | None:
+        """What `for_start` would say of a kernel, without starting anything; None if it would have to boot it first."""
+        if self.asked == "auto" and self._firecracker is not None:
+            try:
+                found = None if kernel is None else self._firecracker.known(kernel)
+            except (MvmError, OSError) as error:
+                return self._qemu, getattr(error, "brief", "") or str(error)
+            if found is None:
+                return None
+            return (self._firecracker if found.accel == "kvm" else self._qemu), found.reason
+        try:
+            return self.for_start(Path(), Path())
+        except MvmError as error:
+            return self._firecracker or self._qemu, error.brief
+
     def of(self, record: InstanceRecord) -> Driver | None:
         """The driver of the VMM that the instance has, or sleeps under; None if it has neither."""
         if record.vmm is None or (record.process is None and record.snapshot is None):

@@ -31,7 +31,7 @@ from mvm.hostd.vmm.firecracker.guard import require_cgroup
 from mvm.hostd.vmm.firecracker.probe import probe
 from mvm.hostd.vmm.firecracker.version import Version, caution, features
 from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, SAVED_FILE, UNFILTERED_FILE, FirecrackerVm
-from mvm.hostd.vmm.qemu.probe import Acceleration, remember
+from mvm.hostd.vmm.qemu.probe import Acceleration, known_acceleration, remember
 from mvm.linux import machine as host
 from mvm.linux.files import ensure_dir, remove_tree
 from mvm.linux.pidfd import is_alive
@@ -91,6 +91,11 @@ class FirecrackerDriver:
             lambda: probe(self._folder / jail.EXECUTABLE, kernel, initrd),
             otherwise="none",
         )
+
+    def known(self, kernel: Path) -> Acceleration | None:
+        """What `acceleration` would say, if it is known without booting anything."""
+        key = f"firecracker {self.facts().sha256['firecracker']}"
+        return known_acceleration(key, kernel, self._cache, otherwise="none")
 
     def capabilities(self, kernel: Path, initrd: Path) -> Capabilities:
         chosen = self.acceleration(kernel, initrd)
