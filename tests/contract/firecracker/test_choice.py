@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.fake_firecracker import install
+from tests.support.fake_firecracker import elf_kernel, install
 from tests.support.firecracker_world import firecracker_world
 
 from mvm.core.errors import MissingPrerequisite
@@ -88,3 +88,25 @@ def test_settings_name_the_vmm() -> None:
     )
     assert (found.vmm.driver, found.vmm.directory) == ("firecracker", "/opt/fc")
     assert parse("").vmm.driver == "auto"
+
+
+@pytest.mark.parametrize(("marker", "accel"), [(b"the fake guest boots", "kvm"), (b"never said", "none")])
+def test_whether_a_guest_boots_is_found_out_by_booting_one_in_a_jail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: bytes, accel: str
+) -> None:
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.MARKER", marker)
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.PROBE_S", 5.0 if accel == "kvm" else 0.5)
+    monkeypatch.setattr("mvm.hostd.vmm.qemu.probe.KVM", "/dev/null")  # there, whatever the host has
+    kernel, initrd = tmp_path / "vmlinux", tmp_path / "initrd"
+    kernel.write_bytes(elf_kernel())
+    initrd.write_bytes(b"an initrd")
+    for path in (kernel, initrd):
+        path.chmod(0o444)
+    programs = install(tmp_path / "programs")
+    made = choose(VmmSettings(directory=str(programs)), tmp_path / "cache")
+    assert made.known(kernel) is None
+    driver, why = made.for_start(kernel, initrd)
+    assert driver.name == ("firecracker" if accel == "kvm" else "qemu"), why
+    again = made.known(kernel)
+    assert again is not None
+    assert again[0].name == driver.name

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from mvm.hostd.vmm.driver import Capabilities, GuestMemory, Machine, Wants
 from mvm.hostd.vmm.firecracker import jail, programs
 from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.guard import require_cgroup
-from mvm.hostd.vmm.firecracker.probe import probe
+from mvm.hostd.vmm.firecracker.probe import probe, probe_machine
 from mvm.hostd.vmm.firecracker.version import Version, caution, features
 from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, SAVED_FILE, UNFILTERED_FILE, FirecrackerVm
 from mvm.hostd.vmm.qemu.probe import Acceleration, known_acceleration, remember
@@ -82,15 +83,13 @@ class FirecrackerDriver:
 
     def acceleration(self, kernel: Path, initrd: Path) -> Acceleration:
         """Whether a guest of this kernel boots here: `kvm`, or `none` and why."""
-        facts = self.facts()
-        key = f"firecracker {facts.sha256['firecracker']}"
-        return remember(
-            key,
-            kernel,
-            self._cache,
-            lambda: probe(self._folder / jail.EXECUTABLE, kernel, initrd),
-            otherwise="none",
-        )
+        key = f"firecracker {self.facts().sha256['firecracker']}"
+        return remember(key, kernel, self._cache, lambda: self._probe(kernel, initrd), otherwise="none")
+
+    def _probe(self, kernel: Path, initrd: Path) -> Acceleration:
+        # A directory of a fixed name would keep what a killed probe left in the way of the next.
+        with tempfile.TemporaryDirectory(prefix="mvm-probe-") as folder:
+            return probe(self.start, probe_machine(kernel, initrd, Path(folder)))
 
     def known(self, kernel: Path) -> Acceleration | None:
         """What `acceleration` would say, if it is known without booting anything."""

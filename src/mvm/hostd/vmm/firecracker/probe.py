@@ -1,75 +1,72 @@
 """Whether a guest boots with Firecracker on this host: found out by booting, not by looking (see `vmm/qemu/probe.py`).
 
-Firecracker runs here without its jailer, as a uid that owns nothing, from a configuration in memory, without an API.
+It is booted as any other is, in a jail and as a uid that owns nothing: what is found out is whether all of that works.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mvm.core.addressing import UID_BASE
-from mvm.hostd.vmm.qemu.probe import KVM, MARKER, PROBE_S, Acceleration
-from mvm.linux import memfd
-from mvm.linux.process import start
+from mvm.core.errors import MvmError
+from mvm.hostd.bounded_log import tail
+from mvm.hostd.vmm.driver import Machine, Vm
+from mvm.hostd.vmm.firecracker.jail import PATHS
+from mvm.hostd.vmm.qemu.probe import MARKER, PROBE_S, Acceleration
+from mvm.linux.files import ensure_dir
+
+_MEM_MIB = 256
 
 
-def probe_config(kernel: str, initrd: str) -> dict[str, Any]:
-    """`kernel`, `initrd`: paths, which are those of descriptors."""
-    return {
-        "boot-source": {
-            "kernel_image_path": kernel,
-            "initrd_path": initrd,
-            "boot_args": "console=ttyS0 quiet reboot=k panic=-1 mvm.probe",
+def probe_machine(kernel: Path, initrd: Path, folder: Path) -> Machine:
+    """`folder`: a directory for this one use."""
+    return Machine(
+        name="mvm-probe",
+        vcpus=1,
+        mem_mib=_MEM_MIB,
+        kernel=kernel,
+        initrd=initrd,
+        boot_args="console=ttyS0 quiet reboot=k panic=-1 mvm.probe",
+        drives=(),
+        nic=None,
+        uid=UID_BASE,
+        gid=UID_BASE,
+        runtime=folder / "runtime",
+        jail=folder / "jail",
+        config={
+            "boot-source": {
+                "kernel_image_path": PATHS.kernel,
+                "initrd_path": PATHS.initrd,
+                "boot_args": "console=ttyS0 quiet reboot=k panic=-1 mvm.probe",
+            },
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": _MEM_MIB, "smt": False},
         },
-        "machine-config": {"vcpu_count": 1, "mem_size_mib": 256, "smt": False},
-        "drives": [],
-    }
+    )
 
 
-def probe(firecracker: Path, kernel: Path, initrd: Path) -> Acceleration:
+def probe(start: Callable[[Machine], Vm], machine: Machine) -> Acceleration:
     """At most PROBE_S seconds. `accel` is `kvm`, or `none` where no guest boots."""
     began = time.monotonic()
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(reader, False)
-    seen = b""
-    config = -1
+    console = machine.runtime / "logs" / "console.log"
+    for needed in (machine.runtime, console.parent, machine.runtime / "metrics", machine.jail):
+        if needed is not None:
+            ensure_dir(needed)
     try:
-        with kernel.open("rb") as vmlinux, initrd.open("rb") as ramdisk:
-            files = [vmlinux.fileno(), ramdisk.fileno()]
-            text = json.dumps(probe_config(*(f"/proc/self/fd/{fd}" for fd in files))).encode()
-            config = memfd.of_bytes("mvm-probe", text)
-            argv = [str(firecracker), "--no-api", "--config-file", memfd.proc_path(config)]
-            child = start(
-                argv, pass_fds=[*files, config], stdout=writer, stderr=writer,
-                uid=UID_BASE, gid=UID_BASE, groups=[os.stat(KVM).st_gid],
-            )  # fmt: skip
-        os.close(writer)
-        writer = -1
-        with child:
-            try:
-                while time.monotonic() - began < PROBE_S and MARKER not in seen:
-                    ended = child.wait(0.02) is not None
-                    try:
-                        seen = (seen + os.read(reader, 1 << 16))[-(1 << 16) :]
-                    except BlockingIOError:
-                        pass
-                    if ended:
-                        break
-            finally:
-                child.stop(0)
+        vm = start(machine)
+    except MvmError as error:
+        said = " ".join(error.details.split())[-200:]
+        return Acceleration("none", f"Firecracker does not start here: {error.brief}; {said}".rstrip("; "))
+    try:
+        while time.monotonic() - began < PROBE_S and vm.is_alive() and MARKER.decode() not in tail(console):
+            time.sleep(0.02)
     finally:
-        for fd in (reader, writer, config):
-            if fd >= 0:
-                os.close(fd)
+        vm.stop(0)
     spent = time.monotonic() - began
-    if MARKER in seen:
+    if MARKER.decode() in tail(console):
         return Acceleration("kvm", f"a stock kernel boots with it ({spent:.1f} s)")
-    said = seen.decode("utf-8", "replace").strip().splitlines()
-    last = f"; last said: {said[-1][:200]}" if said else ""
+    last = f"; last said: {said.splitlines()[-1][:200]}" if (said := tail(console)) else ""
     return Acceleration(
         "none", f"no stock kernel boots with Firecracker here (tried for {spent:.1f} s{last})"
     )
