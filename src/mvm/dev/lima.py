@@ -43,7 +43,9 @@ if [ "$(cat /opt/mvm/installed.sha256 2>/dev/null)" != "$2" ]; then
     /opt/mvm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $hashes -r requirements.txt
     /opt/mvm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index --force-reinstall \
         ./mvm-*.whl
-    ln -sf /opt/mvm/bin/mvm /usr/local/bin/mvm
+    for name in mvm mvm-hostd; do
+        ln -sf "/opt/mvm/bin/$name" "/usr/bin/$name"
+    done
     echo "$2" >/opt/mvm/installed.sha256
 fi
 rm -rf "$1"
