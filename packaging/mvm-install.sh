@@ -321,7 +321,7 @@ for other in "$opt/mvm.d"/*; do
     if [ ! -d "$other" ] || [ "$name" = "$id" ] || [ "mvm.d/$name" = "$before" ]; then
         continue
     fi
-    grep -Fqs -e "$other/" /proc/[0-9]*/maps /proc/[0-9]*/cmdline || rm -rf -- "$other"
+    grep -Fqs -e "$other/" /proc/[0-9]*/maps || rm -rf -- "$other"
 done
 say "installed mvm $version"
 say "next: mvm bootstrap"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import mmap
 import os
 import signal
 import ssl
@@ -44,6 +45,19 @@ def test_again_changes_nothing(release: Release, installed: Path) -> None:
     assert "is there already" in release.install(installed)
     assert os.stat(installed / "opt/mvm/bin/mvm").st_ino == before
     assert len([p for p in (installed / "opt/mvm.d").iterdir() if p.is_dir()]) == 1
+
+
+def test_old_releases_go_unless_something_runs_from_them(release: Release, installed: Path) -> None:
+    old = [installed / "opt/mvm.d" / name for name in ("0" * 16, "1" * 16)]
+    for folder in old:
+        folder.mkdir()
+        (folder / ".complete").touch()
+        (folder / "library.so").write_bytes(b"code")
+    with open(old[1] / "library.so", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        release.install(installed)
+        assert [folder.exists() for folder in old] == [False, True]
+    release.install(installed)
+    assert [folder.exists() for folder in old] == [False, False]
 
 
 def _append(name: str) -> Callable[[Release], None]:
