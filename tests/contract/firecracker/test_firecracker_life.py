@@ -335,3 +335,35 @@ def test_programs_that_are_no_release_are_refused(programs: Path, fault: str, er
     break_with(programs, fault)
     with firecracker_world(programs) as world, pytest.raises(error):
         world.driver.version()
+
+
+@pytest.mark.req("L3", "S4")
+@pytest.mark.parametrize(
+    ("step", "state"),
+    [
+        ("started", State.SLEEPING),
+        ("loaded", State.FAILED),
+    ],  # the commit point is before the resume that then fails
+)
+def test_a_pager_that_dies_during_a_wake_ends_the_vmm(
+    world: FirecrackerWorld, step: str, state: State
+) -> None:
+    plan = world.plan()
+    world.host().create_instance(plan)
+    world.host().sleep_instance(plan.instance)
+
+    def kill_pager(name: str) -> None:
+        if name == step:
+            pid = keeper.anything_left(world.paths(plan).runtime)
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(MvmError):
+        world.host(fault=kill_pager).wake_instance(plan)
+    assert world.host().inspect_instance(plan.instance).state is state
+    world.assert_nothing_runs(plan, sleeping=state is State.SLEEPING)
+    if state is State.SLEEPING:
+        world.host().wake_instance(plan)
+    else:
+        world.host().create_instance(plan)
+    world.assert_runs(plan)

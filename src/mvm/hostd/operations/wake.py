@@ -50,10 +50,13 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 state = image.state()
                 distrust_ports(context.paths.runtime, range(1, 8))
                 memory = open_memory(image, plan.uid, plan.gid, context.paths.runtime / "memory")
-                opened.callback(memory.close)
                 context.watch.phase("start VMM")
-                machine = confinement.confine(context, machine)
-                vm = context.driver.restore(machine, memory)
+                try:
+                    machine = confinement.confine(context, machine)
+                    vm = context.driver.restore(machine, memory)
+                finally:
+                    # While we held its device, a VMM whose pager died would wait for a page and not even be killable.
+                    memory.close()
                 opened.callback(vm.close)
                 confinement.check(machine, vm)
                 context.record = records.note(
