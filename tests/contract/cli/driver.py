@@ -18,13 +18,16 @@ from mvm.cli import app as app_module
 from mvm.core.ids import InstanceId
 from mvm.hostd.guest_channel import GuestChannel, connect
 from mvm.standalone.facade import Standalone
+from mvm.wire.hostd_api import Purpose
 
 
 def main() -> None:
     state, agent, *arguments = sys.argv[1:]
 
     @contextmanager
-    def channel(_self: FakeHost, _instance: InstanceId) -> Iterator[GuestChannel]:
+    def channel(
+        _self: FakeHost, _instance: InstanceId, _purpose: Purpose, _program: str = ""
+    ) -> Iterator[GuestChannel]:
         with connect(Path(agent), deadline=time.monotonic() + 10) as opened:
             yield opened
 
