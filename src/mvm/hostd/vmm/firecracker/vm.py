@@ -156,8 +156,8 @@ class FirecrackerVm:
             raise VmmError(
                 "the snapshot's device state is not of a plausible size", details=f"{len(state)} bytes."
             )
-        # Not `clock_realtime`: where the host's KVM has no master clock (its clock source is not the TSC) the load fails
-        # for it, and the process ends. The guest's agent sets the clock after every wake.
+        # Not `clock_realtime`: where the host's KVM has no master clock (its clock source is not the TSC), the load
+        # fails for it and the process ends. The guest's agent sets the clock after every wake.
         load = rq.LoadSnapshot(
             f"/{jail.STATE_IN}", rq.MemoryBackend("File", jail.MEMORY), resume_vm=False
         ).call()
