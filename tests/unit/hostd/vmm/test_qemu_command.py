@@ -148,6 +148,16 @@ def test_the_data_disk_is_unlocked_by_a_descriptor() -> None:
         assert "read-only=on" in other
 
 
+@pytest.mark.req("H4")
+def test_no_lock_of_one_vmm_is_in_the_way_of_another() -> None:
+    for device in (False, True):
+        drives = tuple(msgspec.structs.replace(drive, device=device) for drive in machine().drives)
+        argv = layout.command(QEMU, msgspec.structs.replace(machine(), drives=drives), "tcg", restored=False)
+        files = options(argv, "-blockdev")
+        assert len(files) == 3
+        assert all("file.locking=off" in file.split(",") for file in files)
+
+
 @pytest.mark.parametrize(
     ("text", "version"),
     [

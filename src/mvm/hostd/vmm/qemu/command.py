@@ -94,8 +94,11 @@ def _memory(machine: Machine, restored: bool) -> str:
 def _drive(n: int, drive: Drive) -> Sequence[str]:
     name, access = drive.id, "on" if drive.read_only else "off"
     argv = ["-add-fd", f"fd={DRIVE_FD + n},set={n + 1}"]
-    # Each protocol driver refuses the other's kind of file.
-    file = f"file.driver={'host_device' if drive.device else 'file'},file.filename=/dev/fdset/{n + 1}"
+    # Each protocol driver refuses the other's kind of file. No locks: all instances of a revision have its root file
+    # system open, and one whose QEMU was taken over could hold a lock on it that no other gets past. Who may have a
+    # data disk open is decided before, under the instance's lock.
+    kind = "host_device" if drive.device else "file"
+    file = f"file.driver={kind},file.filename=/dev/fdset/{n + 1},file.locking=off"
     if drive.key_fd is not None:
         # The object file is read at start-up through its descriptor; the passphrase is in no argument.
         argv += ["-object", f"secret,id=key{n},file=/proc/self/fd/{KEY_FD + n}"]
