@@ -81,7 +81,7 @@ def observe(targets: Iterable[Path], root: Path) -> Observed:
         node_id=(root / "node-id").exists(),
         service=service,
         socket=socket,
-        code_changed=pid > 0 and _older_than_its_code(pid),
+        code_changed=pid > 0 and (_older_than_its_code(pid) or runs_another_code(pid, Path(sys.prefix))),
     )
 
 
@@ -130,6 +130,18 @@ def _unit(name: str) -> tuple[Unit, int]:
             details=error.details,
             resolution="See its state with: systemctl status",
         ) from error
+
+
+def runs_another_code(pid: int, prefix: Path) -> bool:
+    """Whether a Python process has nothing mapped from the environment `prefix`, so that its mvm is another one: after
+    going back to an older release, say, whose files are older than the process. Its program says nothing: the
+    interpreter of every environment is the host's. False if it is gone."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # An extension module, msgspec's at least, is mapped from the environment's own directory.
+    return os.fsencode(os.path.realpath(prefix)) + b"/" not in maps
 
 
 def _older_than_its_code(pid: int) -> bool:
