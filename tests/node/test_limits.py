@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tests.node.conftest import Rig
 from tests.node.guests import Guests, state
 
-from mvm.hostd.resources.cgroup import SLICE, limits, parse
+from mvm.hostd.resources.cgroup import Groups, limits, parse
 
 pytestmark = [pytest.mark.node]
 MOUNT = "/sys/fs/cgroup"
@@ -20,7 +21,7 @@ def tenant(guests: Guests) -> str:
 
 
 def leaf(tenant: str) -> str:
-    return f"{MOUNT}/{SLICE}/{tenant}--default-0"
+    return str(Groups(Path("/var/lib/mvm"), MOUNT).leaf(f"{tenant}--default-0"))
 
 
 def held(rig: Rig) -> dict[str, str]:
@@ -32,7 +33,7 @@ def held(rig: Rig) -> dict[str, str]:
 def test_a_vmm_is_in_its_control_group_and_its_jail(rig: Rig, tenant: str) -> None:
     rig.sh(f"mvm tenant run {tenant}", timeout=240)
     pid = rig.sh("pgrep qemu-system").strip()
-    assert rig.sh(f"cat /proc/{pid}/cgroup").strip() == f"0::/{SLICE}/{tenant}--default-0"
+    assert rig.sh(f"cat /proc/{pid}/cgroup").strip() == f"0::{leaf(tenant).removeprefix(MOUNT)}"
     names = ("memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max")
     files = {name: rig.sh(f"cat {leaf(tenant)}/{name}").strip() for name in names}
     document = f"/var/lib/mvm/tenants/{tenant}/instances/default-0/runtime/fc.final.json"

@@ -46,7 +46,7 @@ class Kind(StrEnum):
     MAPPING = "mapping"
     """Device-mapper device of the data volume."""
     CGROUP = "cgroup"
-    """Leaf below mvm.slice/mvm-instances."""
+    """Leaf below mvm.slice/mvm-instances, by the VM's name; of another state root's, its path."""
     TAP = "tap"
     BRIDGE = "bridge"
     RUNTIME = "runtime"

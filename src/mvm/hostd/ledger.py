@@ -237,7 +237,9 @@ def links(store: Store) -> Iterator[Seen]:
 
 
 def cgroups(store: Store) -> Iterator[Seen]:
-    leaves_in = _leaves()
+    _, mount = machine.cgroup_version()
+    leaves_in = Path(mount or "/nonexistent") / cgroup.SLICE
+    groups = cgroup.groups(store.root)
     try:
         with os.scandir(leaves_in) as entries:
             leaves = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -248,12 +250,9 @@ def cgroups(store: Store) -> Iterator[Seen]:
             events = (leaves_in / leaf / "cgroup.events").read_text(encoding="ascii")
         except FileNotFoundError:
             continue
-        yield Seen(Kind.CGROUP, leaf, in_use="populated 1" in events)
-
-
-def _leaves() -> Path:
-    _, mount = machine.cgroup_version()
-    return Path(mount or "/nonexistent") / cgroup.SLICE
+        # Another root's is said by its path, which no instance is called.
+        name = groups.vm_name(leaf) or f"{cgroup.SLICE}/{leaf}"
+        yield Seen(Kind.CGROUP, name, in_use="populated 1" in events)
 
 
 def mappings(store: Store) -> Iterator[Seen]:
@@ -397,7 +396,7 @@ def _close_mapping(store: Store, name: str) -> None:
 
 def _remove_leaf(store: Store, name: str) -> None:
     try:
-        os.rmdir(_leaves() / name)  # EBUSY if a process came in
+        os.rmdir(cgroup.groups(store.root).leaf(name))  # EBUSY if a process came in
     except FileNotFoundError:
         pass
 

@@ -11,9 +11,11 @@ import pytest
 from tests.support.fake_world import FakeWorld
 
 from mvm.core.errors import MissingPrerequisite, VmmError
+from mvm.core.ledger import Kind
 from mvm.core.lifecycle import State
 from mvm.hostd import jail
 from mvm.hostd.host import Host
+from mvm.hostd.ledger import recover_node
 from mvm.hostd.resources import cgroup, dm_crypt
 from mvm.hostd.resources.cgroup import SLICE, Groups, Limits
 from mvm.linux.machine import cgroup_version
@@ -41,18 +43,18 @@ class WithoutControllers(Groups):
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[WithoutControllers]:
+def groups(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> Iterator[WithoutControllers]:
     mount = cgroup_version()[1]
     if not mount:
         pytest.skip("needs a cgroup v2 mount")
     there = [(Path(mount, name), Path(mount, name).exists()) for name in (SLICE, "mvm.slice")]
-    made = WithoutControllers(mount)
+    made = WithoutControllers(world.store.root, mount)
     try:
         made.leaf("mvm-test-probe").mkdir(parents=True)
         made.remove("mvm-test-probe")
     except OSError as error:
         pytest.skip(f"no group can be made: {error}")
-    monkeypatch.setattr(cgroup, "groups", lambda: made)
+    monkeypatch.setattr(cgroup, "groups", lambda root: made)
     yield made
     for folder, before in there:
         if not before and folder.exists():
@@ -92,6 +94,26 @@ def test_recovery_removes_the_group(world: FakeWorld, groups: WithoutControllers
     if world.host().inspect_instance(plan.instance).state is State.RUNNING:
         world.host().stop_instance(plan.instance)
     assert not leaf.exists()
+
+
+@pytest.mark.req("H5", "L3")
+def test_another_state_roots_group_is_nobodys_business(
+    world: FakeWorld, groups: WithoutControllers, tmp_path: Path
+) -> None:
+    """Two state roots on one host have a tenant of the same name each."""
+    plan = world.plan()
+    theirs = Groups(tmp_path, cgroup_version()[1]).leaf(plan.instance.vm_name)
+    theirs.mkdir()
+    try:
+        world.host().create_instance(plan)
+        world.host().stop_instance(plan.instance)
+        report = recover_node(world.store)
+        assert theirs.exists()
+        assert [left.name for left in report.foreign if left.kind is Kind.CGROUP] == [
+            f"{SLICE}/{theirs.name}"
+        ]
+    finally:
+        theirs.rmdir()
 
 
 @pytest.mark.req("H5")

@@ -14,10 +14,12 @@ from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.hostd import keeper
 from mvm.hostd.resources.cgroup import SLICE, Groups, limits
 from mvm.linux.machine import cgroup_version
+from mvm.linux.pidfd import is_alive
 
 pytestmark = pytest.mark.req("H5")
 UID = 1_900_123_458
 NAME = f"mvm-test-{os.getpid()}"
+ROOT = Path("/var/lib/mvm-test")
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def groups() -> Iterator[Groups]:
     if not mount or os.geteuid() != 0:
         pytest.skip("needs a cgroup v2 mount, and root")
     there = Path(mount, "mvm.slice").exists(), Path(mount, SLICE).exists()
-    found = Groups(mount)
+    found = Groups(ROOT, mount)
     leaf = found.leaf(NAME)
     try:
         leaf.mkdir(parents=True)
@@ -71,6 +73,37 @@ def test_a_vmm_is_in_its_group_and_ends_with_it(groups: Groups, runtime: Path) -
 
 
 @pytest.mark.root
+@pytest.mark.req("L3")
+def test_another_state_roots_vm_of_the_same_name_lives(groups: Groups, runtime: Path, tmp_path: Path) -> None:
+    mount = cgroup_version()[1]
+    other = Groups(tmp_path, mount)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = keeper.Program(
+            ["/bin/sleep", "100"], {4: theirs.fileno()}, UID, UID, (), cgroup=groups.leaf(NAME)
+        )
+        vmm, _ = keeper.launch(program, runtime=runtime, console=ours, errors=runtime / "logs" / "vmm.log")
+    assert other.leaf(NAME) != groups.leaf(NAME)
+    other.leaf(NAME).mkdir()
+    other.remove(NAME)
+    assert not other.leaf(NAME).exists()
+    assert is_alive(vmm)
+    assert str(vmm.pid) in (groups.leaf(NAME) / "cgroup.procs").read_text().split()
+    groups.remove(NAME)
+    assert keeper.await_end(runtime)
+
+
+def test_a_groups_name_tells_its_state_root(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "link").symlink_to("root")
+    mine, linked, other = (Groups(tmp_path / name, "/m") for name in ("root", "link", "other"))
+    leaf = mine.leaf("acme--default-0").name
+    assert linked.leaf("acme--default-0").name == leaf, "one root, whatever it is called"
+    assert linked.vm_name(leaf) == "acme--default-0"
+    assert other.vm_name(leaf) == other.vm_name("acme--default-0") == ""
+
+
+@pytest.mark.root
 def test_a_vmm_is_not_started_outside_its_group(runtime: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -92,7 +125,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_controllers_are_switched_on_all_the_way_down_and_limits_written(files: Path) -> None:
-    groups = Groups(str(files))
+    groups = Groups(ROOT, str(files))
     assert groups.available() == ""
     leaf = groups.apply("acme-default-0", limits(mem_mib=256, vcpus=2))
     for folder in (files, files / "mvm.slice", files / SLICE):
@@ -104,11 +137,11 @@ def test_controllers_are_switched_on_all_the_way_down_and_limits_written(files: 
 
 def test_a_hierarchy_that_cannot_limit_says_so(files: Path) -> None:
     (files / "cgroup.controllers").write_text("memory hugetlb\n")
-    assert Groups(str(files)).available() == "cgroup v2 has no controller cpu, pids"
+    assert Groups(ROOT, str(files)).available() == "cgroup v2 has no controller cpu, pids"
     (files / "cgroup.controllers").unlink()
-    assert "cannot be read" in Groups(str(files)).available()
-    assert Groups("").available() == "no cgroup v2 is mounted"
+    assert "cannot be read" in Groups(ROOT, str(files)).available()
+    assert Groups(ROOT, "").available() == "no cgroup v2 is mounted"
     (files / SLICE / "cgroup.subtree_control").unlink()
     with pytest.raises(MissingPrerequisite, match="no control group") as caught:
-        Groups(str(files)).apply("acme-default-0", limits(mem_mib=256, vcpus=2))
+        Groups(ROOT, str(files)).apply("acme-default-0", limits(mem_mib=256, vcpus=2))
     assert "cgroup.subtree_control" in caught.value.details

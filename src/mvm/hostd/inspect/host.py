@@ -112,7 +112,7 @@ def read_host(root: Path) -> HostFacts:
         disk_total=disk.f_blocks * disk.f_frsize,
         disk_free=disk.f_bavail * disk.f_frsize,
         no_jail=jail.unavailable() if os.geteuid() == 0 else None,
-        no_limits=cgroup.groups().available(),
+        no_limits=cgroup.groups(root).available(),
     )
 
 

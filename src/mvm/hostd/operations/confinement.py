@@ -23,7 +23,7 @@ def require(context: Context) -> None:
         f"{what}: {why}"
         for what, why in (
             ("the VMM's jail", jail.unavailable()),
-            ("control groups", cgroup.groups().available()),
+            ("control groups", cgroup.groups(context.store.root).available()),
             ("encryption of data disks by the kernel", dm_crypt.unavailable()),
         )
         if why
@@ -38,13 +38,13 @@ def require(context: Context) -> None:
 
 def confine(context: Context, machine: Machine) -> Machine:
     """The machine with a control group, which is made here, and with a jail that is as binding as the mode."""
-    groups, group = cgroup.groups(), None
+    groups, group = cgroup.groups(context.store.root), None
     if not groups.available():
         group = groups.apply(machine.name, cgroup.limits(mem_mib=machine.mem_mib, vcpus=machine.vcpus))
     return msgspec.structs.replace(machine, cgroup=group, confined=context.baseline)
 
 
-def check(machine: Machine, vm: Vm) -> None:
+def check(context: Context, machine: Machine, vm: Vm) -> None:
     """VmmError unless the VMM is in the group that it was given."""
     if machine.cgroup is not None:
-        cgroup.groups().verify(machine.name, vm.identity.pid)
+        cgroup.groups(context.store.root).verify(machine.name, vm.identity.pid)

@@ -184,7 +184,7 @@ class Context:
     def release(self) -> None:
         """Remove what an ended VM leaves: its control group, sockets, locks, mounts; its data disk is locked. Logs and
         metrics stay."""
-        cgroup.groups().remove(self.id.vm_name)
+        cgroup.groups(self.store.root).remove(self.id.vm_name)
         volume.lock(self.paths.data_disk, self.id)
         # Only where mvm mounts anything: an operator may have put the volumes or snapshots on another disk.
         for folder in (self.paths.runtime, self.paths.jail):

@@ -46,7 +46,7 @@ def start(context: Context, plan: InstancePlan) -> None:
             machine = confinement.confine(context, machine)
             vm = context.driver.start(machine)
         try:
-            confinement.check(machine, vm)
+            confinement.check(context, machine, vm)
             context.fault("started")
             context.save(
                 records.note(

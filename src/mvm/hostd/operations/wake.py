@@ -58,7 +58,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
                     # While we held its device, a VMM whose pager died would wait for a page and not even be killable.
                     memory.close()
                 opened.callback(vm.close)
-                confinement.check(machine, vm)
+                confinement.check(context, machine, vm)
                 context.record = records.note(
                     context.record,
                     process=vm.identity,

@@ -1,6 +1,6 @@
 """The control group (v2) of each VMM: what it may use at most, and where its processes are found.
 
-    <mount>/mvm.slice/mvm-instances/<name of the VM>/
+    <mount>/mvm.slice/mvm-instances/<name of the VM>.<digest of the state root's path>/
 
     render     from a machine's size to files and their contents: pure
     apply      make the group and write them; the VMM joins it before it is executed (`mvm.hostd.keeper`)
@@ -12,6 +12,9 @@ The daemon's unit is in `mvm.slice` too (mvm-hostd.service), whose controllers s
 daemon makes the slice where it is missing. A group outlives nobody: stop, sleep, destroy and recovery remove it, and
 `mvm.hostd.ledger` whatever was forgotten. Only VMMs are in it: a keeper must survive what ends its VMM.
 
+A host may have several state roots, each with a VM of the same name, and to make a group is to end what is in an older
+one: so a group's name tells whose it is.
+
 Guest memory that a keeper has placed in the page cache ahead of its guest is charged to the keeper's group until the
 guest writes to it; it is clean, and of bounded size.
 """
@@ -19,6 +22,7 @@ guest writes to it; it is clean, and of bounded size.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from functools import cache
@@ -87,15 +91,16 @@ def membership(text: str) -> str:
 
 
 @cache
-def groups() -> Groups:
-    """Those of this host."""
-    return Groups()
+def groups(root: Path) -> Groups:
+    """Those of this host that belong to the state root."""
+    return Groups(root)
 
 
 class Groups:
-    """The groups of all VMMs below the cgroup2 mount `mount`; "" where there is none that can be used."""
+    """The groups of a state root's VMMs below the cgroup2 mount `mount`; "" where there is none that can be used."""
 
-    def __init__(self, mount: str | None = None) -> None:
+    def __init__(self, root: Path, mount: str | None = None) -> None:
+        self._mark = "." + hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:12]
         if mount is None:
             kind, found = cgroup_version()
             self._problem = "" if kind == "v2" else f"this host has cgroup {kind}"
@@ -118,7 +123,11 @@ class Groups:
     def leaf(self, vm_name: str) -> Path:
         """Its directory, whether it is there or not. Only where `available`."""
         assert self._mount is not None
-        return self._mount / SLICE / vm_name
+        return self._mount / SLICE / f"{vm_name}{self._mark}"
+
+    def vm_name(self, leaf: str) -> str:
+        """The VM that a directory of this name belongs to; "" if it is not this state root's."""
+        return leaf.removesuffix(self._mark) if leaf.endswith(self._mark) else ""
 
     def apply(self, vm_name: str, wanted: Limits) -> Path:
         """The group, empty and with these limits. MissingPrerequisite where the kernel does not let us."""
@@ -170,10 +179,11 @@ class Groups:
             found = membership(Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii", errors="replace"))
         except OSError as error:
             raise VmmError("the VMM ended at once", details=str(error)) from error
-        if found != f"/{SLICE}/{vm_name}":
+        wanted = f"/{SLICE}/{self.leaf(vm_name).name}"
+        if found != wanted:
             raise VmmError(
                 "the VMM is not in its control group",
-                details=f"It is in {found or 'none'}, not in /{SLICE}/{vm_name}.",
+                details=f"It is in {found or 'none'}, not in {wanted}.",
                 resolution="Nothing but mvm may move its processes: see what else manages mvm.slice.",
             )
         try:
