@@ -21,7 +21,8 @@
 set -eu
 umask 022
 export LC_ALL=C
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# Not the caller's: what is first in it would check the signatures, as root.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin
 
 key='' from='' root='' firecracker='' firecracker_sums='' verify_only=''
 changed='' work='' building=''
@@ -189,6 +190,10 @@ wheel=$1
 version=${wheel##*/mvm-}
 version=${version%%-*}
 id=$(sha256sum "$work/release/SHA256SUMS" | cut -c1-16)
+# When it was made, which is its commit's time: packaging/release gives that to everything in the wheel.
+made=$(python3 -I -c 'import sys, zipfile
+print("%04d-%02d-%02d %02d:%02d:%02d" % max(i.date_time for i in zipfile.ZipFile(sys.argv[1]).infolist()))' \
+    "$wheel" 2>/dev/null) || die "$(basename "$wheel") is not a wheel"
 say "verified: mvm $version, $(wc -l <"$work/names") files, signed by $key"
 
 # 4. Firecracker, by the operator's own list. Nothing of it is executed before its hash was right.
@@ -250,6 +255,13 @@ for name in mvm mvm-hostd; do
         die "$link is not a link of this program's" "See what it is; then: rm $link"
     fi
 done
+# A signature says who made a release, not that it is the newest: whoever can serve an old one can serve its flaws.
+there=$(cat "$opt/mvm/.complete" 2>/dev/null || true) # empty, or: VERSION DATE TIME
+if [ -n "$there" ] && [ "$there" != "$version $made" ]; then
+    say "mvm ${there%% *} is installed, made ${there#* }; this is mvm $version, made $made"
+    first=$(printf '%s\n' "${there#* }" "$made" | sort | head -n 1)
+    [ "$first" != "$made" ] || printf 'mvm-install: WARNING: this release is older than what is installed\n' >&2
+fi
 if [ -n "$verify_only" ]; then
     say "installed nothing, as asked"
     exit 0
@@ -287,7 +299,7 @@ else
     said=$("$place/bin/mvm" --version 9>&-) || die "the installed mvm does not run"
     [ "$said" = "mvm $version" ] || die "the installed mvm says that it is $said"
     sync -f "$place"
-    : >"$place/.complete"
+    printf '%s\n' "$version $made" >"$place/.complete"
     sync -f "$place"
     building=''
 fi
@@ -309,7 +321,12 @@ if [ -n "$fc_version" ] && [ ! -d "$fc_place" ]; then
 fi
 [ -z "$fc_version" ] || switch "$fc_version" "${fc_place%/*}/current"
 
+# Which one was there before is written down: run again, this program would not find it in the link any more.
 before=$(readlink -- "$opt/mvm" || true)
+if [ -n "$before" ] && [ "$before" != "mvm.d/$id" ]; then
+    switch "${before#mvm.d/}" "$opt/mvm.d/.previous"
+fi
+previous=$(readlink -- "$opt/mvm.d/.previous" || true)
 switch "mvm.d/$id" "$opt/mvm"
 for name in mvm mvm-hostd; do
     switch "../../opt/mvm/bin/$name" "$root/usr/bin/$name"
@@ -318,7 +335,7 @@ done
 # Kept: this one, the one before, and whatever a process still runs from: a VM's keeper outlives upgrades.
 for other in "$opt/mvm.d"/*; do
     name=${other##*/}
-    if [ ! -d "$other" ] || [ "$name" = "$id" ] || [ "mvm.d/$name" = "$before" ]; then
+    if [ ! -d "$other" ] || [ "$name" = "$id" ] || [ "$name" = "$previous" ]; then
         continue
     fi
     grep -Fqs -e "$other/" /proc/[0-9]*/maps || rm -rf -- "$other"

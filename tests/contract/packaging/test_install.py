@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,10 @@ def tree(root: Path) -> list[tuple[str, str]]:
     return found
 
 
+def releases(root: Path) -> set[str]:
+    return {p.name for p in (root / "opt/mvm.d").iterdir() if p.is_dir() and not p.is_symlink()}
+
+
 def test_what_is_right_is_installed_and_runs(installed: Path) -> None:
     assert run(installed / "usr/bin/mvm", "--version").startswith("mvm ")
     assert "privileged executor" in run(installed / "usr/bin/mvm-hostd", "--help")
@@ -44,7 +49,7 @@ def test_again_changes_nothing(release: Release, installed: Path) -> None:
     before = os.stat(installed / "opt/mvm/bin/mvm").st_ino
     assert "is there already" in release.install(installed)
     assert os.stat(installed / "opt/mvm/bin/mvm").st_ino == before
-    assert len([p for p in (installed / "opt/mvm.d").iterdir() if p.is_dir()]) == 1
+    assert len(releases(installed)) == 1
 
 
 def test_old_releases_go_unless_something_runs_from_them(release: Release, installed: Path) -> None:
@@ -228,11 +233,67 @@ def test_an_interrupted_upgrade_leaves_the_old_and_goes_on_next_time(
     new = os.readlink(root / "opt/mvm")
     assert new != old
     assert run(root / "usr/bin/mvm", "--version")
-    kept = {p.name for p in (root / "opt/mvm.d").iterdir() if p.is_dir()}
-    assert kept == {Path(old).name, Path(new).name}, "the one before stays, for what still runs from it"
+    assert releases(root) == {Path(old).name, Path(new).name}, "the one before stays, for what still runs from it"
     # Back again is one more install.
     release.install(root)
     assert os.readlink(root / "opt/mvm") == old
+
+
+def test_run_again_the_release_before_stays(release: Release, newer: Release, tmp_path: Path) -> None:
+    """The way back must not be lost by running an installer twice."""
+    release.install(tmp_path)
+    old = releases(tmp_path)
+    newer.install(tmp_path)
+    both = releases(tmp_path)
+    assert len(both) == 2
+    assert old < both
+    newer.install(tmp_path)
+    newer.install(tmp_path)
+    assert releases(tmp_path) == both
+
+
+def _made(release: Release, year: int) -> Release:
+    """The same release as of another commit."""
+    wheel = _wheel(release)
+    with zipfile.ZipFile(wheel) as source:
+        members = [(info, source.read(info)) for info in source.infolist()]
+    with zipfile.ZipFile(wheel, "w") as target:
+        for info, data in members:
+            info.date_time = (year, 1, 2, 3, 4, 6)
+            target.writestr(info, data)
+    release.sign()
+    return release
+
+
+def test_going_back_is_said(release: Release, tmp_path: Path) -> None:
+    """A signature is good for ever: an old release with an old flaw has one too."""
+    warning = "WARNING: this release is older than what is installed"
+    old = _made(release.copy(tmp_path / "old"), 2000)
+    new = _made(release.copy(tmp_path / "new"), 2001)
+    root = tmp_path / "root"
+    root.mkdir()
+    assert "WARNING" not in old.install(root)
+    assert "WARNING" not in new.install(root)
+    assert "WARNING" not in new.install(root)
+    for options in (("--verify-only",), ()):
+        said = old.install(root, *options)
+        assert warning in said
+        assert "made 2001-01-02 03:04:06" in said
+    assert "WARNING" not in old.install(root)
+
+
+def test_the_callers_path_is_not_trusted(release: Release, tmp_path: Path) -> None:
+    """What is first in it would say whether a signature holds."""
+    fake, root = tmp_path / "bin", tmp_path / "root"
+    fake.mkdir()
+    root.mkdir()
+    for name in ("openssl", "python3", "sha256sum"):
+        (fake / name).write_text(f"#!/bin/sh\n: >{tmp_path}/executed\n")
+        (fake / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}"}
+    argv = (INSTALLER, "--key", release.public, "--from", release.folder, "--root", root, "--verify-only")
+    assert "verified" in run(*argv, env=env)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_one_at_a_time(release: Release, installed: Path) -> None:
