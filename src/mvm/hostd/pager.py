@@ -84,8 +84,7 @@ class Pager:
         return (self._server.device, self._hear.fileno())
 
     def close(self) -> None:
-        """Let go of it in this process."""
-        os.close(self._server.device)
+        """Let go of the sockets. The device is closed by who opened it."""
         self._tell.close()
         self._hear.close()
 
@@ -234,9 +233,14 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
         os.close(device)
         raise
     pager = Pager(image, device, uid, gid)
+    held = [device, handle]  # the last use of the file first: that unmounts it
+
+    def handed_over() -> None:
+        while held:
+            os.close(held.pop())
 
     def close() -> None:
-        os.close(handle)
+        handed_over()
         pager.close()
 
     return GuestMemory(
@@ -246,6 +250,7 @@ def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> Gue
         close,
         pager.decrypted,
         pager.answered,
+        handed_over,
     )
 
 

@@ -19,6 +19,7 @@ from mvm.core.plan import InstancePlan
 from mvm.core.record import InstanceRecord
 from mvm.hostd import assembly
 from mvm.hostd.host import Host
+from mvm.hostd.pager import WINDOW_S
 from mvm.hostd.resources import volume
 from mvm.linux.files import locked
 from mvm.linux.pidfd import is_alive
@@ -82,6 +83,20 @@ def test_a_whole_life_leaves_nothing(world: FakeWorld) -> None:
     assert not world.paths(plan).base.exists()
     assert world.links() == set()
     assert world.processes() == {}
+
+
+@pytest.mark.req("S7")
+def test_a_wake_leaves_the_list_of_what_it_touched_for_the_next(world: FakeWorld) -> None:
+    plan, host = world.plan(), world.host()
+    host.create_instance(plan)
+    host.sleep_instance(plan.instance)
+    written = world.paths(plan).latest / "working-set"
+    assert not written.exists()
+    host.wake_instance(plan)
+    until = time.monotonic() + 2 * WINDOW_S
+    while not written.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert written.exists()
 
 
 @pytest.mark.req("S1", "S5", "S7")

@@ -3,8 +3,7 @@
 The snapshot is opened and bound to the record before anything starts; then three things go on at once: the VMM starts,
 the pager decrypts the working set ahead of it, and every record of the snapshot is authenticated here. Only when all
 of it is sound do the vCPUs go on. That instant is the commit point: from then on the guest may write to its disk, and
-this
-memory must never be restored again.
+this memory must never be restored again.
 """
 
 from __future__ import annotations
@@ -50,13 +49,14 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 state = image.state()
                 distrust_ports(context.paths.runtime, range(1, 8))
                 memory = open_memory(image, plan.uid, plan.gid, context.paths.runtime / "memory")
+                opened.callback(memory.close)
                 context.watch.phase("start VMM")
                 try:
                     machine = confinement.confine(context, machine)
                     vm = context.driver.restore(machine, memory)
                 finally:
                     # While we held its device, a VMM whose pager died would wait for a page and not even be killable.
-                    memory.close()
+                    memory.handed_over()
                 opened.callback(vm.close)
                 confinement.check(context, machine, vm)
                 context.record = records.note(

@@ -107,13 +107,17 @@ class Machine(msgspec.Struct, frozen=True):
         return self.mem_mib << 20
 
 
+def _nothing() -> None: ...
+
+
 class GuestMemory(msgspec.Struct, frozen=True):
     """Where a restored VM's memory comes from: a file the VMM maps privately and never changes.
 
     `fd`: opens as /proc/self/fd/N in the VMM. `serve`: what has to run, in the keeper, for the file to have content
-    (`mvm.hostd.keeper.Serve`, None for a file that simply has it); it needs the descriptors `keep`. `close`: drops our
-    hold; the VMM keeps its own. `decrypted`: chunks decrypted so far. `answered`: to be called with the VMM's pid when
-    the guest answered.
+    (`mvm.hostd.keeper.Serve`, None for a file that simply has it); it needs the descriptors `keep`. `handed_over`: to
+    be called once the VMM has it, or never will: drops what would keep the file alive without the VMM and its keeper.
+    `close`: drops all of our hold; both may be called twice, and the VMM keeps its own. `decrypted`: chunks decrypted
+    so far. `answered`: to be called with the VMM's pid when the guest answered, before `close`.
     """
 
     fd: int
@@ -122,6 +126,7 @@ class GuestMemory(msgspec.Struct, frozen=True):
     close: Callable[[], None]
     decrypted: Callable[[], int]
     answered: Callable[[int], None]
+    handed_over: Callable[[], None] = _nothing
 
 
 class MemorySource(Protocol):
