@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mvm.hostd import settings
 from mvm.hostd.inspect.doctor import Acceleration, Facts, Result, diagnose
 from mvm.hostd.inspect.host import path_facts, read_host, state_paths
-from mvm.hostd.inspect.tools import PROGRAMS, read_nft, read_tools
+from mvm.hostd.inspect.tools import OPTIONAL, PROGRAMS, read_nft, read_tools
 
 MVM = Path(sys.executable).with_name("mvm")
 
@@ -29,6 +30,34 @@ def test_this_machine_can_be_judged(tmp_path: Path) -> None:
     checks = diagnose(Facts(str(tmp_path), host, tools, read_nft(), Acceleration("", "not probed yet")))
     assert all(check.seen for check in checks)
     assert all(check.fix for check in checks if check.result in (Result.FAIL, Result.WARNING))
+
+
+@pytest.mark.root
+def test_firecracker_is_looked_for_where_the_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("firecracker", "jailer"):
+        (folder / name).write_text(f"#!/bin/sh\n: >{tmp_path}/executed\necho 'Program v1.16.1'\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "hostd.toml").write_text(f'[vmm]\ndirectory = "{folder}"\n')
+    (tmp_path / "hostd.toml").chmod(0o644)
+    monkeypatch.setattr(settings, "FILE", tmp_path / "hostd.toml")
+    tools = read_tools()
+    assert [(tools[n].path, tools[n].version) for n in OPTIONAL] == [
+        (f"{folder}/{n}", "1.16.1") for n in OPTIONAL
+    ]
+    # What others could have put there is not executed, perhaps by root, to ask it what it is.
+    (tmp_path / "executed").unlink()
+    folder.chmod(0o777)
+    tools = read_tools()
+    assert [(tools[n].version, tools[n].problem) for n in OPTIONAL] == [
+        ("", f"others can change {folder}")
+    ] * 2
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "hostd.toml").write_text("nonsense")
+    assert set(read_tools()) == set(tools), "an invalid file is the daemon's to complain about"
 
 
 @pytest.mark.root

@@ -82,7 +82,8 @@ def _kvm(facts: Facts) -> Iterator[Check]:
     if accel.accel == "kvm":
         yield Check("kvm-boots", what, Result.OK, accel.reason)
     elif not accel.accel:
-        yield Check("kvm-boots", what, Result.WARNING, accel.reason, "mvm node info --probe")
+        fix = "mvm node info --probe   # once a guest was built: mvm tenant build TENANT"
+        yield Check("kvm-boots", what, Result.WARNING, accel.reason, fix)
     else:
         fix = "use a host whose KVM boots a stock kernel; software emulation is slow and no security boundary"
         yield Check("kvm-boots", what, Result.FAIL, accel.reason, fix)
@@ -257,13 +258,19 @@ def _programs(facts: Facts) -> Iterator[Check]:
     what = "Firecracker and its jailer, of one version"
     fire, jail = facts.tools["firecracker"], facts.tools["jailer"]
     if not fire.path and not jail.path:
-        seen = "not installed; this version of mvm drives QEMU only"
-        yield Check("firecracker", what, Result.NOT_APPLICABLE, seen)
-    elif fire.path and jail.path and fire.version == jail.version:
+        yield Check("firecracker", what, Result.NOT_APPLICABLE, "not installed; QEMU runs the VMs")
+    elif fire.version and fire.version == jail.version:
         yield Check("firecracker", what, Result.OK, f"{fire.version} ({fire.path}, {jail.path})")
     else:
-        seen = f"firecracker {fire.version or 'absent'}, jailer {jail.version or 'absent'}"
-        yield Check("firecracker", what, Result.WARNING, seen, "install both from one release")
+        seen = "; ".join(f"{tool.name} {_said(tool)}" for tool in (fire, jail))
+        fix = "install both from one release: mvm-install.sh --firecracker DIRECTORY --firecracker-sums FILE"
+        yield Check("firecracker", what, Result.WARNING, seen, fix)
+
+
+def _said(tool: Tool) -> str:
+    if not tool.path:
+        return "is not installed"
+    return tool.version or tool.problem or "does not say its version"
 
 
 def _clock(facts: Facts) -> Iterator[Check]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from mvm.core.errors import MvmError
 from mvm.hostd.inspect import text
+from mvm.hostd.inspect.host import path_facts
 from mvm.linux.process import find_program, run
 
 _TIMEOUT_S: Final = 10.0
@@ -24,7 +26,8 @@ PROGRAMS: Final = {
     "nft": (("--version",), "nftables", "loads the firewall"),
     "nix": (("--version",), "nix-bin", "builds guests"),
 }
-OPTIONAL: Final = {"firecracker": ("--version",), "jailer": ("--version",)}
+OPTIONAL: Final = ("firecracker", "jailer")
+"""Of the settings' `vmm.directory`, which is where mvm-hostd takes them from, and not of the PATH."""
 
 # Everything the fleet's rules will need of the kernel: a bridge table, a set, a verdict map, connection tracking, NAT.
 DRY_RUN: Final = b"""\
@@ -44,11 +47,12 @@ table bridge mvm-doctor {
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """`path`: "" if it is not installed; `version`: "" if it does not say."""
+    """`path`: "" if it is not installed; `version`: "" if it does not say, or, for `problem`, was not asked."""
 
     name: str
     path: str
     version: str
+    problem: str = ""
 
 
 class NftFacts(msgspec.Struct, frozen=True):
@@ -58,14 +62,17 @@ class NftFacts(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-def read_tools() -> dict[str, Tool]:
-    """Every program of PROGRAMS and OPTIONAL. Starts each that is there once."""
-    asked = {name: argv for name, (argv, _, _) in PROGRAMS.items()} | OPTIONAL
-    return {name: _tool(name, argv) for name, argv in asked.items()}
+def read_tools(firecracker: Path | None = None) -> dict[str, Tool]:
+    """Every program of PROGRAMS and OPTIONAL. Starts each that is there once.
+
+    `firecracker`: the directory of the OPTIONAL ones, if not the settings'.
+    """
+    found = {name: _tool(name, find_program(name), argv) for name, (argv, _, _) in PROGRAMS.items()}
+    folder = firecracker or _vmm_directory()
+    return found | {name: _optional(name, folder / name) for name in OPTIONAL}
 
 
-def _tool(name: str, argv: tuple[str, ...]) -> Tool:
-    path = find_program(name)
+def _tool(name: str, path: str | None, argv: tuple[str, ...]) -> Tool:
     if path is None:
         return Tool(name, "", "")
     try:
@@ -75,6 +82,29 @@ def _tool(name: str, argv: tuple[str, ...]) -> Tool:
     return Tool(
         name, path, text.parse_version((done.stdout + b"\n" + done.stderr).decode("utf-8", "replace"))
     )
+
+
+def _optional(name: str, path: Path) -> Tool:
+    if not os.access(path, os.X_OK):
+        return Tool(name, "", "")
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        facts = path_facts(place)
+        ours = facts is not None and facts.uid in (0, os.geteuid())
+        if facts is None or not ours or (facts.mode & 0o022 and not facts.mode & 0o1000):
+            # Perhaps root asks: not somebody else's program.
+            return Tool(name, str(path), "", f"others can change {place}")
+    return _tool(name, str(path), ("--version",))
+
+
+def _vmm_directory() -> Path:
+    from mvm.hostd import settings
+    from mvm.hostd.vmm.choice import PROGRAMS as DEFAULT
+
+    try:
+        return Path(settings.load(settings.FILE).vmm.directory)
+    except (MvmError, OSError):
+        return Path(DEFAULT)  # that they are not valid the daemon says
 
 
 def read_nft() -> NftFacts:

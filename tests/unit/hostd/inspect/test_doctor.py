@@ -105,6 +105,27 @@ def test_programs_firewall_and_the_boot_probe() -> None:
     assert unknown["kvm-boots"].result is Result.WARNING
 
 
+@pytest.mark.parametrize(
+    ("fire", "jail", "result", "says"),
+    [
+        (("/f", "1.16.1"), ("/j", "1.16.1"), Result.OK, "1.16.1"),
+        (("", ""), ("", ""), Result.NOT_APPLICABLE, "not installed"),
+        (("/f", "1.16.1"), ("", ""), Result.WARNING, "jailer is not installed"),
+        (("/f", "1.16.1"), ("/j", "1.15.0"), Result.WARNING, "jailer 1.15.0"),
+        (("/f", ""), ("/j", ""), Result.WARNING, "does not say its version"),
+        (("/f", "", "others can change /f"), ("/j", "1.16.1"), Result.WARNING, "others can change /f"),
+    ],
+)
+def test_firecracker_is_fit_where_both_programs_say_one_version(
+    fire: tuple[str, ...], jail: tuple[str, ...], result: Result, says: str
+) -> None:
+    tools = {**TOOLS, "firecracker": Tool("firecracker", *fire), "jailer": Tool("jailer", *jail)}
+    check = by_id(facts(tools=tools))["firecracker"]
+    assert check.result is result
+    assert says in check.seen
+    assert bool(check.fix) == (result is Result.WARNING)
+
+
 @pytest.mark.req("L4")
 @pytest.mark.parametrize(
     ("path", "bad"),
