@@ -85,6 +85,15 @@ def test_every_thread_has_to_have_a_filter() -> None:
         assert len(unfiltered({1: good, 2: bad})) == 1
 
 
+@pytest.mark.req("H6")
+def test_a_filter_that_the_daemon_gave_it_is_not_its_own() -> None:
+    inherited = "Name:\tfc_api\nNoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n"
+    own = inherited.replace("filters:\t1", "filters:\t2")
+    assert unfiltered({1: own, 2: own}, inherited=1) == []
+    assert len(unfiltered({1: own, 2: inherited}, inherited=1)) == 1
+    assert unfiltered({1: inherited}, inherited=0) == []
+
+
 def test_the_control_group_of_a_process() -> None:
     assert cgroup_of("12:pids:/x\n0::/mvm.slice/mvm-instances/a\n") == "/mvm.slice/mvm-instances/a"
     assert cgroup_of("12:pids:/x\n") == ""

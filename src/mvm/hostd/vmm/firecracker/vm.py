@@ -28,7 +28,7 @@ from mvm.hostd.vmm.firecracker import jail, memory
 from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.api import Api, Refused
 from mvm.hostd.vmm.firecracker.exits import describe
-from mvm.hostd.vmm.firecracker.guard import thread_statuses, unfiltered
+from mvm.hostd.vmm.firecracker.guard import filters, thread_statuses, unfiltered
 from mvm.hostd.vmm.firecracker.version import Features
 from mvm.linux.pidfd import is_alive, terminate
 from mvm.linux.procmem import Span, SpannedMemory
@@ -37,6 +37,8 @@ READY_S: Final = 30.0
 CALL_S: Final = 30.0
 """Firecracker itself gives its vCPUs that long to pause."""
 LOAD_S: Final = 60.0
+FILTERS_S: Final = 2.0
+"""How long a VMM's threads may take to put on their filters, which they do as they start."""
 STATE_MAX: Final = 10_000_000
 """Bytes of device state; Firecracker loads no more."""
 LOG_FILE: Final = "firecracker.log"
@@ -178,9 +180,18 @@ class FirecrackerVm:
 
     def check_filters(self) -> None:
         """After a start or load, when all threads are there. VmmError if one lacks its filter and must have it."""
-        missing = unfiltered(thread_statuses(self._vmm.pid))
-        if not missing:
-            return
+        # As many as this process has, the VMM inherited.
+        inherited = filters(Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace"))
+        deadline = time.monotonic() + FILTERS_S
+        while True:
+            statuses = thread_statuses(self._vmm.pid)
+            missing = unfiltered(statuses, inherited)
+            if not missing:
+                return
+            # Each thread puts its own on: a vCPU's may come after the answer. None at all is a build without filters.
+            if len(missing) == len(statuses) or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
         if self._strict:
             raise VmmError(
                 "Firecracker runs without its seccomp filters",
