@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,16 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.fake_firecracker import install
-from tests.support.firecracker_world import FirecrackerWorld, firecracker_world
+from tests.support.firecracker_world import FirecrackerWorld, PlainDiskDriver, firecracker_world
 
 from mvm.core.errors import IntegrityError, MissingPrerequisite, MvmError, Refused, VmmError
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan
 from mvm.hostd import keeper
+from mvm.hostd.vmm.driver import Machine
 from mvm.hostd.vmm.firecracker import vm as vms
 from mvm.hostd.vmm.firecracker.driver import Filter
+from mvm.linux.process import run
 
 pytestmark = pytest.mark.root
 
@@ -296,8 +300,6 @@ def test_without_its_filters_baseline_refuses_and_development_says_so(programs: 
 def test_a_strict_filter_is_one_that_was_pinned(programs: Path, tmp_path: Path) -> None:
     import hashlib
 
-    import msgspec
-
     from mvm.core.spec import SeccompPolicy
 
     made = tmp_path / "strict.bpf"
@@ -367,3 +369,53 @@ def test_a_pager_that_dies_during_a_wake_ends_the_vmm(
     else:
         world.host().create_instance(plan)
     world.assert_runs(plan)
+
+
+class DeviceDriver(PlainDiskDriver):
+    """Gives the VMM its data disk as a device that goes with its last user, as a mapping of dm-crypt does."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self.ours: list[int] = []
+
+    def _plain(self, machine: Machine) -> Machine:
+        drives = []
+        for drive in super()._plain(machine).drives:
+            if drive.id == "data":
+                # Told to go while it is open, it does as soon as nobody has it open.
+                loop = run(["losetup", "--find", "--show", drive.path], timeout=10).stdout.decode().strip()
+                self.ours.append(os.open(loop, os.O_RDONLY | os.O_CLOEXEC))
+                run(["losetup", "--detach", loop], timeout=10)
+                drive = msgspec.structs.replace(drive, path=f"/proc/self/fd/{self.ours[-1]}", device=True)
+            drives.append(drive)
+        return msgspec.structs.replace(machine, drives=tuple(drives))
+
+    def let_go(self) -> Path:
+        """As a command does when it is done. What says which file the last device is of, while it is."""
+        number = os.fstat(self.ours[-1]).st_rdev
+        loop = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        while self.ours:
+            os.close(self.ours.pop())
+        return loop / "loop" / "backing_file"
+
+
+@pytest.mark.req("S3", "H4")
+def test_a_taken_over_vmm_cannot_open_what_gets_its_disks_number_next(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.support.firecracker_world.PlainDiskDriver", DeviceDriver)
+    with firecracker_world(programs) as world:
+        assert isinstance(world.driver, DeviceDriver)
+        plan, host = world.plan(), world.host()
+        for begin in (host.create_instance, host.wake_instance):
+            begin(plan)
+            disk = world.driver.let_go()
+            assert disk.read_text().strip() == str(world.driver.disks / f"{plan.instance.vm_name}.img")
+            guest = world.guest(plan)
+            try:
+                assert guest.ask("take_over", path="/data") == {"closed": 1, "errno": errno.ENOENT}
+            finally:
+                guest.close()
+            assert disk.exists(), "the number would be free for another disk"
+            host.sleep_instance(plan.instance)
+            assert not disk.exists()

@@ -19,6 +19,7 @@ import json
 import os
 import select
 import socket
+import stat
 import threading
 import time
 
@@ -251,6 +252,23 @@ class Guest:
         """Connections that come from now on are never answered."""
         self._silent = True
         return {}
+
+    def do_take_over(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As a guest that has broken out would: the VMM lets go of its block devices, then opens `path`."""
+        closed = 0
+        for fd in range(3, 1024):
+            try:
+                if not stat.S_ISBLK(os.fstat(fd).st_mode):
+                    continue
+            except OSError:
+                continue
+            os.close(fd)
+            closed += 1
+        try:
+            os.close(os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return {"closed": closed, "errno": error.errno}
+        return {"closed": closed, "errno": 0}
 
     def do_exit(self, request: dict[str, Any]) -> dict[str, Any]:
         """The guest reboots (0), or the VMM fails with `code`."""

@@ -25,7 +25,7 @@ from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import ArtifactHash, Fingerprint
 from mvm.core.spec import SeccompPolicy
 from mvm.hostd.keeper import Program, launch
-from mvm.hostd.vmm.driver import Capabilities, GuestMemory, Machine, Wants
+from mvm.hostd.vmm.driver import Capabilities, Drive, GuestMemory, Machine, Wants
 from mvm.hostd.vmm.firecracker import jail, programs
 from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.guard import require_cgroup
@@ -123,6 +123,8 @@ class FirecrackerDriver:
         vm = self._launch(machine, None)
         try:
             for call in rq.boot(machine.config):
+                if call.path == "/actions":
+                    vm.take_nodes()  # it has opened them, and runs nothing of the guest's yet
                 vm.ask(call, timeout=START_S if call.path == "/actions" else CALL_S)
             vm.check_filters()
         except BaseException:
@@ -166,6 +168,7 @@ class FirecrackerDriver:
             ours, theirs = socket.socketpair()
             opened.callback(ours.close)
             opened.callback(theirs.close)
+            devices = [_hold(drive, opened) for drive in machine.drives if drive.device]
             vmm, keeper = launch(
                 Program(
                     jail.command(chosen, machine, machine.jail),
@@ -184,12 +187,13 @@ class FirecrackerDriver:
                 console=ours,
                 errors=machine.runtime / "logs" / "vmm.log",
                 serve=None if memory is None else memory.serve,
-                keep=() if memory is None else list(memory.keep),
+                keep=[*devices, *(() if memory is None else memory.keep)],
                 logs=logs,
             )
         vm = FirecrackerVm(
             vmm, keeper, machine.mem_bytes, machine.runtime, machine.uid, features(Version(*facts.version)),
             strict=self._confined or machine.confined or machine.seccomp == SeccompPolicy.STRICT,
+            nodes=tuple(drive.id for drive in machine.drives if drive.device),
         )  # fmt: skip
         try:
             vm.await_api()
@@ -218,6 +222,14 @@ class FirecrackerDriver:
             details="A filter is compiled for one version, and none of that version was given.",
             resolution='Give hostd one, or set seccomp to "baseline" in the tenant\'s definition.',
         )
+
+
+def _hold(drive: Drive, opened: ExitStack) -> int:
+    """A descriptor of a device for the keeper: the device goes with its last user, and must not go before the VMM, or
+    its number would be free for the next tenant's disk."""
+    fd = os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return fd
 
 
 def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:

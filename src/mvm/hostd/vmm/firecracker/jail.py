@@ -2,7 +2,7 @@
 
     <root>/firecracker/<id>/root/     what the jailer pivots into; all of it in memory that dies with the VMM
         vmlinux, initrd, rootfs       the revision's files, bound read-only
-        data                          a node of the data disk's own device
+        data                          a node of the data disk's own device, until the VMM has opened it
         secrets                       a copy of the secrets disk
         memory                        the pager's file, for a wake
         run/                          `<runtime>/vmm` of the host, so that the host sees the sockets and pipes in it

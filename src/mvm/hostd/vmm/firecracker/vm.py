@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -49,7 +49,8 @@ _NOT_SAVED = "memory backing file"
 
 
 class FirecrackerVm:
-    """`size`: guest memory in bytes. `strict`: it is an error if a thread has no seccomp filter."""
+    """`size`: guest memory in bytes. `strict`: it is an error if a thread has no seccomp filter. `nodes`: names of
+    device nodes in its jail's root."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class FirecrackerVm:
         known: Features,
         *,
         strict: bool = False,
+        nodes: Sequence[str] = (),
     ) -> None:
         self._vmm = vmm
         self._keeper = keeper
@@ -68,6 +70,7 @@ class FirecrackerVm:
         self._runtime = runtime
         self._known = known
         self._strict = strict
+        self._nodes = nodes
         self._api = Api(runtime / jail.RUN / jail.API, uid)
 
     @property
@@ -175,8 +178,22 @@ class FirecrackerVm:
                 ) from error
             finally:
                 _remove(root, jail.STATE_IN)
+        self.take_nodes()
         self._saved.touch(0o600)
         self.check_filters()
+
+    def take_nodes(self) -> None:
+        """Take its device nodes out of its jail, once it has them open, before its guest runs. VmmError if one stays.
+
+        A node is a number. Were it still there when the device is gone, it could be opened as whatever has that number
+        then: the disk of another tenant.
+        """
+        with self._root() as root:
+            for name in self._nodes:
+                try:
+                    os.unlink(name, dir_fd=root)
+                except FileNotFoundError:
+                    continue
 
     def check_filters(self) -> None:
         """After a start or load, when all threads are there. VmmError if one lacks its filter and must have it."""
