@@ -11,7 +11,8 @@ It exists so that a VM depends on no command and no daemon of ours, and leaves n
 - it serves the pages of a woken VM (`serve`), so the key of one snapshot is in one process and dies with it;
 - when the VMM ends it writes `vmm.exit` (the wait status in decimal) into the runtime directory, and ends itself;
 - both hold a lock on `runtime/alive` from before the fork, so the kernel can say whether anything of a VM is left
-  (`anything_left`), whatever became of the command that started it;
+  (`anything_left`), whatever became of the command that started it; each by an open file of its own, because a VMM that
+  was taken over can let go of what it has;
 - when the keeper dies, the VMM gets SIGKILL, and a page it waits for fails instead of hanging: the keeper is the first
   process of a PID namespace that the VMM's is in, and where there is none, PR_SET_PDEATHSIG says so.
 
@@ -28,6 +29,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +53,10 @@ UNJAILED_FILE = "unjailed"
 """Says why the VMM that runs has no jail. It is there only then."""
 ALIVE_FD = 7
 """The lock's descriptor in the VMM, which holds it without knowing."""
+_LOCK = struct.Struct("hhqqi4x")
+"""struct flock: type, whence, start, length, pid. Of an open file (F_OFD_SETLK), not of a process: fcntl(2)."""
+_TAKING, _HELD = 0, 1
+"""Bytes of `alive`: locked by whoever is about to start a VM; locked, shared, by each process of a VM."""
 _START_TIMEOUT_S = 20.0
 _NAME = b"mvm-keeper"
 _SETTLED, _UNJAILED, _FAILED = b"s", b"u", b"f"
@@ -111,7 +117,7 @@ def launch(
     `serve` needs. `logs`: descriptors that the VMM writes to the other ends of -> files of bounded size for
     what comes out of them. Returns once the program is executed; VmmError if it could not be, or its jail not be built.
     """
-    alive = _take_alive(runtime)
+    alive = _take_alive(runtime)  # the keeper's, the VMM's
     ready, tell = os.pipe2(os.O_CLOEXEC)
     first = os.fork()
     if first == 0:
@@ -137,7 +143,8 @@ def launch(
         finally:
             os._exit(0)
     os.close(tell)
-    os.close(alive)
+    for fd in alive:
+        os.close(fd)
     os.waitpid(first, 0)
     try:
         if not wait_readable(ready, _START_TIMEOUT_S):
@@ -161,21 +168,44 @@ def launch(
     return vmm, keeper
 
 
-def _take_alive(runtime: Path) -> int:
-    # Read-only, because the VMM holds it too, and what root reads must not be the VMM's to write.
-    fd = os.open(runtime / ALIVE_FILE, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _take_alive(runtime: Path) -> tuple[int, int]:
+    """Two open files, each with a lock of its own: the keeper's, the VMM's."""
+    path = runtime / ALIVE_FILE
+    taking = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    taken: list[int] = []
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.fcntl(taking, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, _TAKING))
+        if _is_held(taking):
+            raise BlockingIOError
         for stale in (PID_FILE, UNJAILED_FILE):
             (runtime / stale).unlink(missing_ok=True)
-    except BlockingIOError:
-        os.close(fd)
+        for _ in range(2):
+            # Read-only, because one is the VMM's, and what root reads must not be the VMM's to write.
+            taken.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+            fcntl.fcntl(taken[-1], fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, _HELD))
+    except BaseException as error:
+        for fd in taken:
+            os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise
         raise Conflict(
             "a VM of this instance is there already",
-            details=f"{runtime / ALIVE_FILE} is locked.",
+            details=f"{path} is locked.",
             resolution="Any command on the instance recovers it; run the command again.",
         ) from None
-    return fd
+    finally:
+        os.close(taking)
+    return taken[0], taken[1]
+
+
+def _lock(kind: int, byte: int) -> bytes:
+    return _LOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _is_held(fd: int) -> bool:
+    # Asked without taking it: two who ask at once must not see each other.
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, _HELD))
+    return int(_LOCK.unpack(found)[0]) != fcntl.F_UNLCK
 
 
 def anything_left(runtime: Path) -> int | None:
@@ -185,9 +215,8 @@ def anything_left(runtime: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
+        if not _is_held(fd):
+            return None
         try:
             return int((runtime / PID_FILE).read_bytes()[:16] or b"0")
         except FileNotFoundError:
@@ -218,7 +247,7 @@ def end_leftovers(runtime: Path, *, grace_s: float = 0.0, wait_s: float = 10.0) 
     `grace_s`: how long a keeper whose VMM has just been ended may take to reap it and end by itself.
 
     The pid cannot have been reused: while the lock is held by that keeper it is alive, and when it is not, the VMM
-    that still holds the lock has its death signal already.
+    that still holds the lock has its death signal already. A VMM that let go of its lock has that signal as well.
     """
     found = anything_left(runtime)
     if found is None:
@@ -271,7 +300,7 @@ def _keeper(
     serve: Serve | None,
     keep: Sequence[int],
     tell: int,
-    alive: int,
+    alive: tuple[int, int],
 ) -> None:
     """The keeper's whole life. Never returns to the caller's code. `sources`: None for the guest's console."""
     try:
@@ -293,12 +322,12 @@ def _keeper(
         hears, says = os.pipe2(os.O_CLOEXEC)
         pid = _fork(program, runtime)
         if pid == 0:
-            _become(program, null, stderr, alive, me, says)
+            _become(program, null, stderr, alive[1], me, says)
         pidfd = os.pidfd_open(pid)
         vmm, keeper = _outside(pidfd), _outside(me)
         for number in (0, 1, 2):
             os.dup2(null, number)
-        kept = {0, 1, 2, tell, alive, pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
+        kept = {0, 1, 2, tell, alive[0], pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
         _close_all_but({*kept, *keep})
         known = threading.Event()
         # A death signal is sent with the rights of the one that dies; a PID namespace needs none.

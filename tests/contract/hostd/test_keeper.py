@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -170,6 +171,52 @@ def test_a_place_is_taken_until_both_are_gone(runtime: Path, start: Start) -> No
     assert keeper.anything_left(runtime) is None
     assert not keeper.end_leftovers(runtime)
     start("exec sleep 100")
+
+
+LET_GO = """
+import fcntl, os, struct, time
+for fd in map(int, os.listdir("/proc/self/fd")):
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, 0, 0, 0, 0))
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except OSError:
+        pass
+os.write(4, b"let go")
+time.sleep(100)
+"""
+
+
+@pytest.mark.req("L3", "H4")
+def test_a_vmm_cannot_let_go_of_its_place(runtime: Path, start: Start) -> None:
+    """One that was taken over has the descriptor of its lock. Another VM would get the same disk."""
+    vmm, parent = start("", argv=[sys.executable, "-c", LET_GO])
+    until = time.monotonic() + 10
+    while "let go" not in (runtime / "logs" / "console.log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert keeper.anything_left(runtime) == parent.pid
+    with pytest.raises(Conflict, match="there already"):
+        start("exec sleep 100")
+    assert keeper.end_leftovers(runtime)
+    until = time.monotonic() + 10
+    while is_alive(vmm):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.req("L3")
+def test_who_asks_is_in_nobodys_way(runtime: Path, start: Start) -> None:
+    """Of many who ask at once nobody takes another for a VM."""
+    (runtime / keeper.ALIVE_FILE).touch()
+    asking = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                os._exit(any(keeper.anything_left(runtime) is not None for _ in range(3000)))
+            finally:
+                os._exit(2)
+        asking.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in asking] == [0, 0]
 
 
 @pytest.mark.req("L3")
