@@ -163,9 +163,9 @@ class DriverContract:
                     machine = borrowed.enter_context(machine_of(origin.world, origin.plan, cold=False))
                     memory = borrowed.enter_context(memory_of(origin, sealed=sealed))
                     vm = origin.world.driver.restore(machine, memory)
-                opened.callback(vm.stop, 0)
-                if load:
-                    vm.load_state(origin.state)
+                    opened.callback(vm.stop, 0)
+                    if load:
+                        vm.load_state(origin.state)
                 return vm
 
             yield restore
