@@ -51,6 +51,26 @@ fi
 rm -rf "$1"
 """
 
+# $1: the marker's file, $2: of which mvm. As on the Linux node: a machine without what baseline needs is set up for
+# development, and says so. The machine is of use without the service too, so a failure is told and no more.
+_BOOTSTRAP: Final = """\
+set -eu
+[ "$(cat "$1" 2>/dev/null)" != "$2" ] || exit 0
+missing=15
+code=0
+mvm bootstrap || code=$?
+if [ "$code" -eq "$missing" ]; then
+    code=0
+    mvm bootstrap --development || code=$?
+fi
+if [ "$code" -eq 0 ]; then
+    echo "$2" >"$1"
+else
+    echo "mvm-hostd is not a service of the machine. See why: mvm shell -- mvm bootstrap --development" >&2
+fi
+"""
+_BOOTSTRAPPED: Final = "/opt/mvm/bootstrapped.sha256"
+
 
 def packages() -> list[str]:
     return sorted([*(name for name in PACKAGES if name not in _NOT_THERE), "qemu-system"])
@@ -146,6 +166,8 @@ class LimaNode:
             there = f"/tmp/mvm-install-{os.urandom(6).hex()}"
             self._limactl("copy", "--recursive", scratch, f"{INSTANCE}:{there}")
             self._limactl(*self._inside("root", "/bin/sh", "-c", _INSTALL, "mvm-install", there, digest))
+        script = ("/bin/sh", "-c", _BOOTSTRAP, "mvm-bootstrap", _BOOTSTRAPPED, digest)
+        self._limactl(*self._inside("root", *script))
 
     def stop(self, *, grace_s: float, discard: bool, tell: Tell) -> str:
         found = self._found()

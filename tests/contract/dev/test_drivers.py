@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.contract.dev.fake_node import FakeNode
 
 from mvm.builder.flakes import embedded_flake_dir
 from mvm.core.errors import Conflict, MissingPrerequisite
+from mvm.dev import lima
 from mvm.dev.lima import LimaNode
 from mvm.dev.model import NodeDriver, NodeSpec, Quiet, StartOptions
 
@@ -102,8 +104,36 @@ def test_a_program_has_its_input_outputs_variables_and_exit_code(
 def test_lima_is_told_to_share_nothing_and_gets_the_wheel(lima_home: Path, tmp_path: Path) -> None:
     LimaNode(tmp_path / "node", embedded_flake_dir).start(StartOptions(), Quiet())
     calls = [json.loads(line) for line in (lima_home / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["list", "start", "copy", "shell"]
+    assert [call[0] for call in calls] == ["list", "start", "copy", "shell", "shell"]
+    assert "mvm-bootstrap" in calls[-1]
     assert json.loads((tmp_path / "node" / "lima.yaml").read_text())["mounts"] == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "done"),
+    [
+        ({"bootstrap": 0}, ["bootstrap"], True),
+        ({"bootstrap": 15, "bootstrap --development": 0}, ["bootstrap", "bootstrap --development"], True),
+        ({"bootstrap": 15, "bootstrap --development": 12}, ["bootstrap", "bootstrap --development"], False),
+        ({"bootstrap": 12}, ["bootstrap"], False),
+    ],
+)
+def test_a_lima_machine_is_set_up_once_as_well_as_it_can_be(
+    codes: dict[str, int], asked: list[str], done: bool, tmp_path: Path
+) -> None:
+    answers = "".join(f"'{words}') exit {code} ;;\n" for words, code in codes.items())
+    (tmp_path / "mvm").write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\ncase "$*" in\n{answers}esac\nexit 99\n'
+    )
+    (tmp_path / "mvm").chmod(0o755)
+    argv = ["/bin/sh", "-c", lima._BOOTSTRAP, "mvm-bootstrap", str(tmp_path / "marker"), "digest"]
+    for _ in range(2):
+        found = subprocess.run(
+            argv, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, timeout=60
+        )
+        assert found.returncode == 0
+        assert (b"not a service" in found.stderr) is not done
+    assert (tmp_path / "asked").read_text().splitlines() == asked * (1 if done else 2)
 
 
 def test_a_machine_that_does_not_stop_is_forced(lima_home: Path, tmp_path: Path) -> None:
