@@ -1,6 +1,7 @@
 """mvm-hostd as a process, with the fake VMM's driver, and a node for it to serve.
 
-Run as a program it *is* the daemon: `python -m tests.support.hostd_daemon ROOT SOCKET SETTINGS [CAPABILITY...]`.
+Run as a program it *is* the daemon: `python -m tests.support.hostd_daemon ROOT SOCKET SETTINGS [-- CAPABILITY...]`;
+with $MVM_TEST_FIRECRACKER, a directory with firecracker and jailer (or the fake's), its driver is that of Firecracker.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.support.fake_driver import FakeDriver
+from tests.support.fake_firecracker import elf_kernel
 from tests.support.fake_world import MEM_MIB, FakeWorld
-from tests.support.world import network_namespace
+from tests.support.firecracker_world import PlainDiskDriver
+from tests.support.world import FAKE_FILES, network_namespace
 
 from mvm.core import addressing
+from mvm.core import revision as revisions
 from mvm.core.history import Adopted, adopt
 from mvm.core.ids import PoolId, TenantId
 from mvm.core.plan import InstancePlan, plan_instance
@@ -34,6 +38,7 @@ from mvm.wire.hostd_client import HostdClient
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
+_FIRECRACKER = "MVM_TEST_FIRECRACKER"
 
 
 # As systemd does: descriptors from 3 on, and the variables name the process that is to have them.
@@ -53,13 +58,20 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 class Daemon:
     """A running daemon. `log` is its standard error, one JSON object a line."""
 
-    def __init__(self, folder: Path, root: Path, capabilities: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        capabilities: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.socket = folder / "run" / "hostd.sock"
         self.settings = folder / "hostd.toml"
         self.log = folder / "hostd.log"
         self._root = root
         self._notice = folder / "notify.sock"
         self._capabilities = capabilities
+        self._environment = dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
@@ -80,7 +92,12 @@ class Daemon:
         fds = [sock.fileno() for sock in handed]
         if fds:
             argv = [sys.executable, "-c", _HAND_OVER, str(len(fds)), *map(str, fds), *argv]
-        env = {**os.environ, "NOTIFY_SOCKET": str(self._notice), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+        env = {
+            **os.environ,
+            **self._environment,
+            "NOTIFY_SOCKET": str(self._notice),
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds
@@ -178,10 +195,41 @@ def daemon_world(settings: str = "", capabilities: Sequence[str] | None = None) 
                 world.destroy_all()
 
 
+def firecracker_driver(root: Path, programs: Path) -> PlainDiskDriver:
+    """Of a daemon and of the test beside it."""
+    driver = PlainDiskDriver(root.parent / "cache", programs)
+    driver.disks = root.parent / "disks"
+    driver.disks.mkdir(exist_ok=True)
+    return driver
+
+
+@contextmanager
+def firecracker_daemon(programs: Path) -> Iterator[DaemonWorld]:
+    """As `daemon_world`, started, its VMM being Firecracker."""
+    files: dict[str, bytes | Path] = {**FAKE_FILES, revisions.KERNEL: elf_kernel()}
+    keep = confine.wanted_by(["firecracker"])
+    with tempfile.TemporaryDirectory(prefix="mvm-test-") as folder, network_namespace():
+        root = Path(folder) / "root"
+        driver: Any = firecracker_driver(root, programs)
+        world = DaemonWorld(root, driver, files, mem_mib=MEM_MIB)
+        world.daemon = Daemon(Path(folder), root, keep, {_FIRECRACKER: str(programs)})
+        world.daemon.settings.write_text("")
+        try:
+            yield world
+        finally:
+            try:
+                if world.daemon.process is not None:
+                    world.daemon.stop()
+            finally:
+                world.destroy_all()
+
+
 def main(argv: Sequence[str]) -> int:
     root, path, settings, *rest = argv
     keep = rest[1:] if rest[:1] == ["--"] else list(confine.CAPABILITIES)
-    return serve(Path(root), Path(path), Path(settings), FakeDriver(), keep=keep)
+    programs = os.environ.get(_FIRECRACKER)
+    driver = firecracker_driver(Path(root), Path(programs)) if programs else FakeDriver()
+    return serve(Path(root), Path(path), Path(settings), driver, keep=keep)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ from mvm.core.record import InstanceRecord
 from mvm.hostd import net_policy
 from mvm.hostd.assembly import load_revision, verify_artifacts
 from mvm.hostd.guest_channel import PortLease, acquire_session_port
+from mvm.hostd.guest_channel.vsock import ask_vsock, vsock_path
 from mvm.hostd.host import Host
 from mvm.hostd.resources import network, volume
 from mvm.linux import netlink as nl
 from mvm.linux import pidfd
 from mvm.linux.files import sweep_temporaries
+from mvm.linux.sockets import connect_unix
 from mvm.wire.executor import Progress, no_progress
+from mvm.wire.framing import VSOCK_PORT
 
 
 class DaemonHost(Host):
@@ -74,8 +77,9 @@ class DaemonHost(Host):
                 route.execute(network.render_port(tap.ifindex, bridge.ifindex, net.tap))
             return context.record
 
-    def lease_channel(self, instance: InstanceId) -> tuple[PortLease, socket.socket]:
-        """A session port of a running guest, and a socket connected to it. Never waits: the daemon's loop calls it.
+    def lease_channel(self, instance: InstanceId) -> tuple[PortLease, socket.socket, bool]:
+        """A session port of a running guest, a socket connected to it, and whether the VMM's answer to that is still to
+        be read (vsock). Never waits: the daemon's loop calls it.
 
         Conflict if it does not run, Busy if all ports are taken, GuestError if nobody listens.
         """
@@ -83,17 +87,12 @@ class DaemonHost(Host):
         if record.state is not State.RUNNING or record.process is None or not pidfd.is_alive(record.process):
             raise _not_running(record)
         lease = acquire_session_port(self._store.instance_paths(instance).runtime)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        vsock = vsock_path(lease.socket.parent)
+        by_vsock = os.path.lexists(vsock)
         try:
-            folder = os.open(lease.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                # sun_path is short; the directory's descriptor is not.
-                sock.connect(f"/proc/self/fd/{folder}/{lease.socket.name}")
-            finally:
-                os.close(folder)
+            sock = ask_vsock(vsock, VSOCK_PORT, 0) if by_vsock else connect_unix(lease.socket, 0)
             sock.setblocking(True)
         except BaseException as error:
-            sock.close()
             lease.release(clean=lease.was_clean)  # not a byte was sent
             if isinstance(error, BlockingIOError):
                 raise Busy(
@@ -108,7 +107,7 @@ class DaemonHost(Host):
                     resolution="see whether the instance runs (mvm instance list)",
                 ) from None
             raise
-        return lease, sock
+        return lease, sock, by_vsock
 
 
 def _not_running(record: InstanceRecord) -> Conflict:

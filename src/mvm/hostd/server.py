@@ -379,7 +379,7 @@ class Server:
     def _open_channel(self, connection: Connection, request: ChannelRequest) -> None:
         who = connection.peer
         try:
-            lease, sock = self._service.host.lease_channel(request.instance)
+            lease, sock, by_vsock = self._service.host.lease_channel(request.instance)
         except MvmError as error:
             self._service.note_channel(request, who, error)
             raise
@@ -391,7 +391,7 @@ class Server:
             except BaseException:
                 connection.give_back(clean=lease.was_clean)  # not a byte was sent
                 raise
-            answer = ChannelAnswer(lease.port or 0, lease.was_clean)
+            answer = ChannelAnswer(lease.port or 0, lease.was_clean, by_vsock)
             self._log.info(
                 "channel", instance=request.instance, purpose=request.purpose.value, uid=who.uid, pid=who.pid
             )

@@ -9,6 +9,7 @@ member does.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ from mvm.core.lifecycle import Action, State, command_for
 from mvm.core.plan import slot_for
 from mvm.core.record import InstanceRecord
 from mvm.core.spec import TenantSpec
-from mvm.hostd.guest_channel import GuestChannel, PortLease
+from mvm.hostd.guest_channel import GuestChannel, PortLease, take_over
+from mvm.hostd.guest_channel.channel import ANSWER_TIMEOUT
 from mvm.hostd.store import Store
 from mvm.linux.stream import UnixStream
 from mvm.standalone.facade import Standalone
@@ -60,7 +62,12 @@ class SocketHost(HostdClient):
             )
         opened = self.open_channel(instance, purpose, program)
         # It has what the channel asks of a lease; the lock itself is in the daemon.
-        with GuestChannel(socket.socket(fileno=opened.fd), cast(PortLease, opened)) as channel:
+        with take_over(
+            socket.socket(fileno=opened.fd),
+            cast(PortLease, opened),
+            vsock=opened.vsock,
+            deadline=time.monotonic() + ANSWER_TIMEOUT,
+        ) as channel:
             yield channel
 
 

@@ -199,11 +199,15 @@ class NodeAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recovering: int
 
 
-class ChannelAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Comes with one descriptor: a socket connected to the guest's `port`. `was_clean`: how its last user left it."""
+class ChannelAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Comes with one descriptor: a socket connected to the guest's `port`. `was_clean`: how its last user left it.
+
+    `vsock`: the VMM connects each client anew, and says `OK <number>` and a line feed before the guest says anything.
+    """
 
     port: Annotated[int, Meta(ge=1, le=7)]
     was_clean: bool
+    vsock: bool = False
 
 
 class Where(StrEnum):

@@ -75,6 +75,7 @@ class OpenChannel:
         self.fd = fd
         self.port = answer.port
         self.was_clean = answer.was_clean
+        self.vsock = answer.vsock
         self._transport: Transport | None = transport
 
     def release(self, *, clean: bool) -> None:

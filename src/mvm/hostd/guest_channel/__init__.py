@@ -5,7 +5,7 @@ Talks to: the agent in one guest, through `mvm.wire.guest_session`. May never: b
 wait without a limit, write outside the destination of a copy.
 """
 
-from mvm.hostd.guest_channel.channel import GuestChannel, connect
+from mvm.hostd.guest_channel.channel import GuestChannel, connect, take_over
 from mvm.hostd.guest_channel.exec_operation import ExecOperation
 from mvm.hostd.guest_channel.extract import CopyLimits
 from mvm.hostd.guest_channel.ports import (
@@ -34,5 +34,6 @@ __all__ = [
     "distrust_ports",
     "lock_path",
     "socket_path",
+    "take_over",
     "take_port",
 ]

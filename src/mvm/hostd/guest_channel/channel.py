@@ -30,7 +30,7 @@ from mvm.hostd.guest_channel.extract import CopyLimits, Extractor, ReceiveOperat
 from mvm.hostd.guest_channel.operation import Operation
 from mvm.hostd.guest_channel.ports import PortLease, take_port
 from mvm.hostd.guest_channel.send import SendOperation, TreeSource
-from mvm.hostd.guest_channel.vsock import connect_vsock, vsock_path
+from mvm.hostd.guest_channel.vsock import await_vsock, connect_vsock, vsock_path
 from mvm.linux.files import temporary_beside
 from mvm.linux.sockets import connect_unix
 from mvm.wire import framing, guest_api, guest_session
@@ -66,17 +66,38 @@ def connect(
             else:
                 sock = connect_unix(socket_path, max(0.01, deadline - time.monotonic()))
         except OSError as error:
-            raise GuestError(
-                "the guest's control channel cannot be reached",
-                details=f"{socket_path}: {error}",
-                resolution="see whether the instance runs (mvm instance list)",
-            ) from None
+            raise _unreachable(socket_path.name, error) from None
         return GuestChannel(sock, lease, boundaries=by_vsock)
     except BaseException:
         if lease is not None:
             # Not a byte was sent: the port is as it was.
             lease.release(clean=lease.was_clean)
         raise
+
+
+def take_over(sock: socket.socket, lease: PortLease, *, vsock: bool, deadline: float) -> GuestChannel:
+    """A channel on a socket that the daemon has connected, `vsock`: by vsock, whose answer is still to come.
+
+    GuestError if the guest does not take it by `deadline` (time.monotonic()); socket and lease are given back then.
+    """
+    try:
+        if vsock:
+            await_vsock(sock, deadline)
+    except BaseException as error:
+        sock.close()
+        lease.release(clean=lease.was_clean)
+        if isinstance(error, OSError):
+            raise _unreachable("vsock", error) from None
+        raise
+    return GuestChannel(sock, lease, boundaries=vsock)
+
+
+def _unreachable(name: str, error: OSError) -> GuestError:
+    return GuestError(
+        "the guest's control channel cannot be reached",
+        details=f"{name}: {error}",
+        resolution="see whether the instance runs (mvm instance list)",
+    )
 
 
 class GuestChannel:

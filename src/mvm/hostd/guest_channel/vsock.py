@@ -26,23 +26,41 @@ def vsock_path(runtime: Path) -> Path:
     return runtime / "vmm" / "vsock.sock"
 
 
-def connect_vsock(path: Path, port: int, deadline: float) -> socket.socket:
-    """Connected to `port` of the guest. OSError if there is no VMM or nobody listens, TimeoutError at `deadline`
-    (time.monotonic()), IntegrityError if what is there is not the VMM's socket."""
+def ask_vsock(path: Path, port: int, timeout: float) -> socket.socket:
+    """Connected to the VMM and `port` of the guest asked for; what the VMM says to that is read by `await_vsock`.
+
+    `timeout`: 0 never waits (BlockingIOError if the VMM takes no more connections). OSError if there is no VMM,
+    IntegrityError if what is there is not the VMM's socket.
+    """
     owner = os.stat(path.parent, follow_symlinks=False).st_uid
-    sock = connect_owned(path, owner, _left(deadline))
+    sock = connect_owned(path, owner, timeout)
     try:
-        sock.settimeout(_left(deadline))
         sock.sendall(b"CONNECT %d\n" % port)
-        line = b""
-        while not line.endswith(b"\n"):
-            sock.settimeout(_left(deadline))
-            byte = sock.recv(1)
-            if not byte or len(line) > _LINE_MAX:
-                raise ConnectionRefusedError(111, f"nothing answers on port {port} of the guest")
-            line += byte
-        if not line.startswith(b"OK "):
-            raise ConnectionRefusedError(111, f"the VMM answers {line!r}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def await_vsock(sock: socket.socket, deadline: float) -> None:
+    """Return when the guest has taken the connection. OSError if nobody listens, TimeoutError at `deadline`
+    (time.monotonic())."""
+    line = b""
+    while not line.endswith(b"\n"):
+        sock.settimeout(_left(deadline))
+        byte = sock.recv(1)
+        if not byte or len(line) > _LINE_MAX:
+            raise ConnectionRefusedError(111, "nothing answers on that port of the guest")
+        line += byte
+    if not line.startswith(b"OK "):
+        raise ConnectionRefusedError(111, f"the VMM answers {line!r}")
+
+
+def connect_vsock(path: Path, port: int, deadline: float) -> socket.socket:
+    """Connected to `port` of the guest; raises what the two steps raise."""
+    sock = ask_vsock(path, port, _left(deadline))
+    try:
+        await_vsock(sock, deadline)
     except BaseException:
         sock.close()
         raise
