@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from tests.support.fake_firecracker import elf_kernel, install
 from tests.support.firecracker_world import firecracker_world
 
-from mvm.core.errors import MissingPrerequisite
+from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.core.lifecycle import State
+from mvm.hostd.resources import cgroup
 from mvm.hostd.settings import parse
 from mvm.hostd.vmm.choice import Choice, VmmSettings, choose
+from mvm.hostd.vmm.driver import Machine
+from mvm.hostd.vmm.firecracker.driver import FirecrackerDriver
+from mvm.hostd.vmm.firecracker.vm import FirecrackerVm
 from mvm.hostd.vmm.qemu.driver import QemuDriver
 from mvm.hostd.vmm.qemu.probe import Acceleration
 
@@ -88,6 +94,101 @@ def test_settings_name_the_vmm() -> None:
     )
     assert (found.vmm.driver, found.vmm.directory) == ("firecracker", "/opt/fc")
     assert parse("").vmm.driver == "auto"
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the guest's vmlinux and initrd, and with programs; the fake's guest says it boots."""
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.MARKER", b"the fake guest boots")
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.PROBE_S", 5.0)
+    monkeypatch.setattr("mvm.hostd.vmm.qemu.probe.KVM", "/dev/null")  # there, whatever the host has
+    (tmp_path / "vmlinux").write_bytes(elf_kernel())
+    (tmp_path / "initrd").write_bytes(b"an initrd")
+    for name in ("vmlinux", "initrd"):
+        (tmp_path / name).chmod(0o444)
+    install(tmp_path / "programs")
+    return tmp_path
+
+
+def chosen(guest: Path) -> FirecrackerDriver:
+    made = choose(VmmSettings(directory=str(guest / "programs")), guest / "cache")._firecracker
+    assert made is not None
+    return made
+
+
+@pytest.mark.req("L3")
+def test_a_start_that_failed_says_nothing_of_the_host_for_ever(
+    guest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = chosen(guest)
+    kernel, initrd = guest / "vmlinux", guest / "initrd"
+
+    def fail(machine: object) -> FirecrackerVm:
+        raise VmmError("the jailer failed", details="mknod: Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "start", fail)
+        found = driver.acceleration(kernel, initrd)
+    assert found.accel == "none"
+    assert "not permitted" in found.reason
+    assert driver.known(kernel) is None
+    assert driver.acceleration(kernel, initrd).accel == "kvm"
+    assert not (guest / "cache/probe").exists()
+
+
+@pytest.mark.req("L3")
+def test_a_probe_that_somebody_ended_says_nothing_of_the_host(
+    guest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = chosen(guest)
+    start = driver.start
+
+    def end(machine: Machine) -> FirecrackerVm:
+        vm = start(machine)
+        os.kill(vm.identity.pid, signal.SIGKILL)
+        return vm
+
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.MARKER", b"never said")
+    monkeypatch.setattr(driver, "start", end)
+    assert driver.acceleration(guest / "vmlinux", guest / "initrd").accel == "none"
+    assert driver.known(guest / "vmlinux") is None
+
+
+@pytest.mark.req("H4")
+def test_a_probes_vmm_has_a_control_group_of_its_own(guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (guest / "hierarchy").mkdir()
+    groups = FakeGroups(guest / "hierarchy")
+    monkeypatch.setattr("mvm.hostd.resources.cgroup.groups", lambda root: groups)
+    driver = chosen(guest)
+    seen = []
+
+    def look(machine: Machine) -> FirecrackerVm:
+        seen.append((machine.cgroup, dict(groups.there)))
+        raise VmmError("seen enough")
+
+    monkeypatch.setattr(driver, "start", look)
+    driver.acceleration(guest / "vmlinux", guest / "initrd")
+    leaf = groups.leaf("mvm-probe")
+    assert seen == [(leaf, {"mvm-probe": cgroup.limits(mem_mib=256, vcpus=1)})]
+    assert groups.there == {}
+
+
+class FakeGroups(cgroup.Groups):
+    """A hierarchy that lets everybody."""
+
+    def __init__(self, mount: Path) -> None:
+        super().__init__(mount, str(mount))
+        self.there: dict[str, cgroup.Limits] = {}
+
+    def available(self) -> str:
+        return ""
+
+    def apply(self, vm_name: str, wanted: cgroup.Limits) -> Path:
+        self.there[vm_name] = wanted
+        return self.leaf(vm_name)
+
+    def remove(self, vm_name: str) -> None:
+        self.there.pop(vm_name, None)
 
 
 @pytest.mark.parametrize(("marker", "accel"), [(b"the fake guest boots", "kvm"), (b"never said", "none")])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,9 +28,10 @@ from mvm.hostd.vmm.driver import Capabilities, Drive, GuestMemory, Machine, Want
 from mvm.hostd.vmm.firecracker import jail, programs
 from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.guard import require_cgroup
-from mvm.hostd.vmm.firecracker.probe import probe, probe_machine
+from mvm.hostd.vmm.firecracker.probe import PROBE_MIB, probe, probe_machine
 from mvm.hostd.vmm.firecracker.version import Version, caution, features
 from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, SAVED_FILE, UNFILTERED_FILE, FirecrackerVm
+from mvm.hostd.vmm.probe_room import probe_room
 from mvm.hostd.vmm.qemu.probe import Acceleration, known_acceleration, remember
 from mvm.linux import machine as host
 from mvm.linux.files import ensure_dir, remove_tree
@@ -84,12 +84,20 @@ class FirecrackerDriver:
     def acceleration(self, kernel: Path, initrd: Path) -> Acceleration:
         """Whether a guest of this kernel boots here: `kvm`, or `none` and why."""
         key = f"firecracker {self.facts().sha256['firecracker']}"
-        return remember(key, kernel, self._cache, lambda: self._probe(kernel, initrd), otherwise="none")
+        try:
+            return remember(key, kernel, self._cache, lambda: self._probe(kernel, initrd), otherwise="none")
+        except VmmError as error:
+            # A start that failed may have failed for what is mended by tomorrow, so nothing is remembered of it.
+            said = " ".join(error.details.split())[-200:]
+            return Acceleration(
+                "none", f"Firecracker does not start here: {error.brief}; {said}".rstrip("; ")
+            )
 
     def _probe(self, kernel: Path, initrd: Path) -> Acceleration:
-        # A directory of a fixed name would keep what a killed probe left in the way of the next.
-        with tempfile.TemporaryDirectory(prefix="mvm-probe-") as folder:
-            return probe(self.start, probe_machine(kernel, initrd, Path(folder)))
+        size = {"mem_mib": PROBE_MIB, "vcpus": 1}
+        with probe_room(self._cache, confined=self._confined, **size) as room:
+            # Whoever had the room before may have found out the same.
+            return self.known(kernel) or probe(self.start, probe_machine(kernel, initrd, room))
 
     def known(self, kernel: Path) -> Acceleration | None:
         """What `acceleration` would say, if it is known without booting anything."""
