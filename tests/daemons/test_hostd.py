@@ -26,7 +26,7 @@ from mvm.core.ids import RevisionId
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan
 from mvm.hostd import confine
-from mvm.hostd.resources import audit
+from mvm.hostd.resources import audit, cgroup
 from mvm.linux import capabilities
 from mvm.linux.files import locked
 from mvm.standalone.facade import Standalone
@@ -185,6 +185,18 @@ def test_settings_others_can_write_are_not_believed() -> None:
         assert world.daemon.process is not None
         assert world.daemon.process.wait(20) == Refused.exit_code
         assert "written by others" in world.daemon.log.read_text()
+
+
+@pytest.mark.req("H4", "H5")
+def test_the_log_says_what_a_vmm_runs_without(world: DaemonWorld) -> None:
+    plan = world.plan()
+    record = world.client.create_instance(plan)
+    limited = not cgroup.groups(world.store.root).available()
+    unlimited = ["without limits on memory, CPU and threads"]
+    assert [text.split(":")[0] for text in record.unconfined] == ([] if limited else unlimited)
+    said = world.daemon.lines("unconfined")
+    assert [line["vmm"] for line in said] == [f"runs {text}" for text in record.unconfined]
+    assert all((line["level"], line["instance"]) == ("warning", str(plan.instance)) for line in said)
 
 
 @pytest.mark.req("H2")

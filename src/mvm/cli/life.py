@@ -38,6 +38,9 @@ def act(app: App, who: TenantId | InstanceId, action: Action) -> None:
         app.answer(as_json(outcome, action))
         if not app.json:
             _tell(app, outcome, action)
+        if action in (Action.RUN, Action.WAKE):
+            for what in outcome.record.unconfined:
+                app.warn(f"{outcome.record.id} runs {what}. This is for development only: see mvm posture")
 
 
 def as_json(outcome: Outcome, action: Action) -> dict[str, Any]:

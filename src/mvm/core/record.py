@@ -95,6 +95,11 @@ class Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: SnapshotId | None = None
 
 
+Lacking = Annotated[str, Meta(min_length=1, max_length=limits.MESSAGE_MAX)]
+"""What a VMM runs without, and why: `without a jail: Operation not permitted`."""
+Lackings = Annotated[tuple[Lacking, ...], Meta(max_length=8)]
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: InstanceId
     state: State
@@ -110,6 +115,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: Fingerprint | None = None  # of the running VMM, or of the snapshot
     last_receipt: Receipt | None = None
     holds: ledger.Holds = ()
+    unconfined: Lackings = ()  # of the running VMM; only ever in development mode
     last_error: Annotated[str, Meta(max_length=limits.MESSAGE_MAX)] = ""
     schema: Annotated[int, Meta(ge=SCHEMA, le=SCHEMA)] = SCHEMA
 
@@ -166,6 +172,7 @@ def note(
     snapshot: SnapshotRef | None = None,
     fingerprint: Fingerprint | None = None,
     receipt: Receipt | None = None,
+    unconfined: tuple[str, ...] | None = None,
 ) -> InstanceRecord:
     """Write down facts that came up; None leaves a field as it is."""
     facts = {
@@ -175,6 +182,7 @@ def note(
         "snapshot": snapshot,
         "fingerprint": fingerprint,
         "last_receipt": receipt,
+        "unconfined": unconfined,
     }
     return _next(record, **{name: fact for name, fact in facts.items() if fact is not None})
 
@@ -212,6 +220,7 @@ def end(record: InstanceRecord, state: State, *, now_ns: int, error: str = "") -
             pending=None,
             process=record.process if running else None,
             holds=(record.holds or entitled(record)) if running else (),
+            unconfined=record.unconfined if running else (),
             snapshot=record.snapshot if running or state is State.SLEEPING else None,
             fingerprint=record.fingerprint if running or state is State.SLEEPING else None,
             last_error=error[: limits.MESSAGE_MAX],

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mvm.core.errors import Busy, Conflict, InvalidInput, MvmError, NotFound, Refused
 from mvm.hostd.job import Ended, Job
+from mvm.wire.hostd_api import RecordAnswer
 from mvm.wire.hostd_frames import encode_answer, encode_error, encode_progress
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mvm.hostd.log import Log
     from mvm.hostd.service import Service
     from mvm.wire.hostd_api import Verb
+
+_STARTING: Final = ("create_instance", "wake_instance")
 
 
 def errand(
@@ -40,7 +43,11 @@ def errand(
     error: MvmError | None = None
     body = b""
     try:
-        body = encode_answer(service.perform(verb, request, job.peer, progress, admitted))
+        answer = service.perform(verb, request, job.peer, progress, admitted)
+        body = encode_answer(answer)
+        if job.verb in _STARTING and isinstance(answer, RecordAnswer):
+            for what in answer.record.unconfined:
+                log.warning("unconfined", instance=job.instance, vmm=f"runs {what}")
     except MvmError as raised:
         error = raised
     except Ended:

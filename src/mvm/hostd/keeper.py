@@ -389,6 +389,15 @@ def _note_unjailed(runtime: Path, why: str) -> None:
         file.write(f"{why}\n")
 
 
+def unjailed(runtime: Path) -> str:
+    """Why the VMM that runs has no jail, in one line; "" if it has one or was to have none."""
+    try:
+        text = (runtime / UNJAILED_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "; ".join(filter(None, text.split("\n")))
+
+
 def _give_up(rights: Sequence[str]) -> None:
     capabilities.give_up(rights)
     seccomp.forbid()

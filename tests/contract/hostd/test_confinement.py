@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from tests.support.fake_world import FakeWorld
+from tests.support.mounts import read_only
 
 from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.core.ledger import Kind
 from mvm.core.lifecycle import State
-from mvm.hostd import jail
+from mvm.hostd import jail, keeper
 from mvm.hostd.host import Host
 from mvm.hostd.ledger import recover_node
+from mvm.hostd.operations import confinement
 from mvm.hostd.resources import cgroup, dm_crypt
 from mvm.hostd.resources.cgroup import SLICE, Groups, Limits
 from mvm.linux.machine import cgroup_version
@@ -164,6 +166,35 @@ def test_baseline_starts_nothing_on_a_host_that_lacks_something(
     with refused():
         baseline.wake_instance(plan)
     assert world.record(plan).state is State.SLEEPING
+
+
+@pytest.mark.req("H4", "H5")
+def test_development_mode_does_with_what_there_is_and_says_so(
+    world: FakeWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Here: a hierarchy that shows its controllers and is read-only, as a container's is."""
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
+    (tmp_path / "cgroup.subtree_control").write_text("\n")
+    plan = world.plan()
+    with read_only(tmp_path) as mount:
+        groups = Groups(world.store.root, str(mount))
+        assert groups.available() == ""
+        monkeypatch.setattr(cgroup, "groups", lambda root: groups)
+        world.host().create_instance(plan)
+        [without] = world.record(plan).unconfined
+        assert without.startswith("without limits on memory, CPU and threads: ")
+        assert "Read-only file system" in without
+        world.host().sleep_instance(plan.instance)
+        assert world.record(plan).unconfined == ()
+        monkeypatch.setattr(keeper, "unjailed", lambda runtime: "unshare: Operation not permitted")
+        found = world.host().wake_instance(plan).unconfined
+        assert found == (without, "without a jail: unshare: Operation not permitted")
+        world.host().stop_instance(plan.instance)
+        assert world.record(plan).unconfined == ()
+        monkeypatch.setattr(confinement, "require", lambda context: None)
+        with pytest.raises(MissingPrerequisite, match="no control group"):
+            Host(world.store, world.keys, world.driver, baseline=True).create_instance(plan)
+        world.assert_nothing_runs(plan)
 
 
 @pytest.mark.req("H4")

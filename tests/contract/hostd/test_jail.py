@@ -203,6 +203,8 @@ def test_where_the_kernel_refuses_only_a_jail_that_is_not_required_is_done_witho
         with_binds(jail, required=False, proc=False, namespaces=frozenset({"mount", "pid"})), "exec sleep 100"
     )
     assert "not permitted" in (runtime / keeper.UNJAILED_FILE).read_text()
+    assert "not permitted" in keeper.unjailed(runtime)
+    assert "\n" not in keeper.unjailed(runtime)
     assert is_alive(vmm)
 
 

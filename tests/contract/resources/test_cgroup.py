@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.mounts import read_only
 
 from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.hostd import keeper
@@ -133,6 +134,17 @@ def test_controllers_are_switched_on_all_the_way_down_and_limits_written(files: 
     assert (leaf / "memory.max").read_text() == str(512 << 20)
     assert (leaf / "cpu.max").read_text() == "200000 100000"
     assert groups.read("acme-default-0") == limits(mem_mib=256, vcpus=2)
+
+
+@pytest.mark.root
+def test_on_a_read_only_hierarchy_nothing_is_made_and_nothing_removed(files: Path, tmp_path: Path) -> None:
+    with read_only(files) as mount:
+        groups = Groups(ROOT, str(mount))
+        assert groups.available() == ""
+        groups.remove("acme-default-0")
+        with pytest.raises(MissingPrerequisite, match="no control group") as caught:
+            groups.apply("acme-default-0", limits(mem_mib=256, vcpus=2))
+        assert "Read-only file system" in caught.value.details
 
 
 def test_a_hierarchy_that_cannot_limit_says_so(files: Path) -> None:

@@ -67,6 +67,23 @@ def test_every_wake_shows_where_the_time_went(built: Run) -> None:
     assert [line.split()[0] for line in shown.splitlines()[1:]] == ["restore", "other", "total"]
 
 
+@pytest.mark.req("H4", "H5")
+def test_a_vmm_without_jail_or_limits_is_said_aloud_at_every_start(built: Run, fake: FakeNode) -> None:
+    assert "warning" not in built("tenant", "run", "acme").stderr
+    built("tenant", "stop", "acme")
+    fake.host.unconfined = ("without a jail: Operation not permitted", "without limits: cgroup v1")
+    for verb in ("run", "sleep", "wake", "stop"):
+        told = built("tenant", verb, "acme")
+        warnings = [line for line in told.stderr.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == (2 if verb in ("run", "wake") else 0)
+        assert all(line.startswith("warning: acme/default-0 runs without ") for line in warnings)
+    told = built("--output", "json", "tenant", "run", "acme")
+    assert [json.loads(line)["warning"].split(".")[0] for line in told.stderr.splitlines()] == [
+        "acme/default-0 runs without a jail: Operation not permitted",
+        "acme/default-0 runs without limits: cgroup v1",
+    ]
+
+
 @pytest.mark.req("L5")
 def test_actions_as_json(built: Run) -> None:
     ran = json.loads(built("tenant", "run", "acme", "--output", "json").stdout)

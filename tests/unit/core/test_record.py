@@ -59,6 +59,15 @@ def sleeping() -> InstanceRecord:
     return finish(note(commit(going), snapshot=SNAPSHOT), now_ns=6)
 
 
+@pytest.mark.req("H4")
+def test_what_a_vmm_is_without_is_known_for_as_long_as_it_runs() -> None:
+    bare = note(running(), unconfined=("without a jail: Operation not permitted",))
+    assert decode_record(encode_record(bare)).unconfined == bare.unconfined
+    going = begin(bare, step(State.RUNNING, Action.SLEEP), now_ns=4, snapshot=SNAPSHOT.id)
+    asleep = finish(note(commit(going), snapshot=SNAPSHOT), now_ns=6)
+    assert asleep.unconfined == ()
+
+
 class AnyLife(RuleBasedStateMachine):
     """Any order of actions, successes, failures, crashes and losses, persisted after every change."""
 

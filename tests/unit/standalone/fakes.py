@@ -61,6 +61,7 @@ class FakeHost:
     """`fail`: raised by the next verb, after `before` was called."""
 
     def __init__(self, store: Store, clock: Callable[[], int]) -> None:
+        self.unconfined: tuple[str, ...] = ()
         self.store = store
         self.clock = clock
         self.calls: list[str] = []
@@ -122,7 +123,7 @@ class FakeHost:
             self._disk(instance)
             record = records.note(record, revision=plan.revision, vmm=VmmIdentity("fake", "1"))
         if action in (Action.RUN, Action.WAKE):
-            record = records.note(record, process=ProcessIdentity(4242, 1, BOOT))
+            record = records.note(record, process=ProcessIdentity(4242, 1, BOOT), unconfined=self.unconfined)
         snapshot = SnapshotId("ab" * 16)
         if action is Action.SLEEP:
             receipt = SleepReceipt(

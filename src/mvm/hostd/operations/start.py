@@ -43,10 +43,10 @@ def start(context: Context, plan: InstancePlan) -> None:
             context.watch.phase("check acceleration")
             fingerprint = context.driver.fingerprint(machine)
             context.watch.phase("start VMM")
-            machine = confinement.confine(context, machine)
-            vm = context.driver.start(machine)
+            confined = confinement.confine(context, machine)
+            vm = context.driver.start(confined.machine)
         try:
-            confinement.check(context, machine, vm)
+            unconfined = confinement.check(context, confined, vm)
             context.fault("started")
             context.save(
                 records.note(
@@ -55,6 +55,7 @@ def start(context: Context, plan: InstancePlan) -> None:
                     vmm=records.VmmIdentity(driver=context.driver.name, version=fingerprint.vmm_version),
                     revision=plan.revision,
                     fingerprint=fingerprint,
+                    unconfined=unconfined,
                 )
             )
             context.watch.phase("boot guest")

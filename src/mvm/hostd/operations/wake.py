@@ -52,19 +52,20 @@ def wake(context: Context, plan: InstancePlan) -> None:
                 opened.callback(memory.close)
                 context.watch.phase("start VMM")
                 try:
-                    machine = confinement.confine(context, machine)
-                    vm = context.driver.restore(machine, memory)
+                    confined = confinement.confine(context, machine)
+                    vm = context.driver.restore(confined.machine, memory)
                 finally:
                     # While we held its device, a VMM whose pager died would wait for a page and not even be killable.
                     memory.handed_over()
                 opened.callback(vm.close)
-                confinement.check(context, machine, vm)
+                unconfined = confinement.check(context, confined, vm)
                 context.record = records.note(
                     context.record,
                     process=vm.identity,
                     vmm=records.VmmIdentity(driver=context.driver.name, version=fingerprint.vmm_version),
                     revision=plan.revision,
                     fingerprint=fingerprint,
+                    unconfined=unconfined,
                 )
                 context.fault("started")
                 context.watch.phase("verify snapshot")

@@ -196,6 +196,8 @@ class Groups:
         if self._mount is None:
             return
         leaf = self.leaf(vm_name)
+        if not leaf.exists():  # on a hierarchy that is read-only, removing nothing would be an error
+            return
         deadline = time.monotonic() + _WAIT_S
         while True:
             try:
