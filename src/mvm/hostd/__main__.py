@@ -24,6 +24,7 @@ from mvm.hostd.log import Log
 from mvm.hostd.server import Server
 from mvm.hostd.service import Service
 from mvm.hostd.store import DEFAULT_ROOT, Store
+from mvm.hostd.vmm import probe_room
 from mvm.hostd.vmm.choice import Choice, choose
 from mvm.linux import sd_notify
 from mvm.linux.capabilities import status
@@ -86,6 +87,8 @@ def serve(
             seccomp=held.seccomp,
         )  # fmt: skip
         ledger.recover_node(store, log)
+        if isinstance(driver, Path):
+            _sweep_probe(driver, log)
         keys = DevelopmentKeyProvider(root)
         host = DaemonHost(store, keys, drivers, baseline=baseline)
         service = Service(store, host, chosen.limits, drivers.name)
@@ -107,6 +110,15 @@ def _possible(drivers: Choice) -> Choice:
     return drivers.without_firecracker(
         f"mvm-hostd lacks {lacks}: its unit needs the drop-in 10-firecracker.conf (docs/privileges.md)"
     )
+
+
+def _sweep_probe(cache: Path, log: Log) -> None:
+    """No record tells of a probe's VM; its directory does."""
+    try:
+        if probe_room.sweep(cache):
+            log.warning("undone", kind="probe", name=str(cache), why="it was cut short")
+    except (MvmError, OSError) as error:
+        log.error("not undone", kind="probe", name=str(cache), error=str(error))
 
 
 def _standard_input() -> None:

@@ -12,14 +12,19 @@ from tests.support.firecracker_world import firecracker_world
 
 from mvm.core.errors import MissingPrerequisite, VmmError
 from mvm.core.lifecycle import State
+from mvm.hostd import keeper
+from mvm.hostd.__main__ import _sweep_probe
+from mvm.hostd.log import Log
 from mvm.hostd.resources import cgroup
 from mvm.hostd.settings import parse
+from mvm.hostd.vmm import probe_room
 from mvm.hostd.vmm.choice import Choice, VmmSettings, choose
 from mvm.hostd.vmm.driver import Machine
 from mvm.hostd.vmm.firecracker.driver import FirecrackerDriver
 from mvm.hostd.vmm.firecracker.vm import FirecrackerVm
 from mvm.hostd.vmm.qemu.driver import QemuDriver
 from mvm.hostd.vmm.qemu.probe import Acceleration
+from mvm.linux.process import wait_readable
 
 pytestmark = pytest.mark.root
 
@@ -171,6 +176,43 @@ def test_a_probes_vmm_has_a_control_group_of_its_own(guest: Path, monkeypatch: p
     leaf = groups.leaf("mvm-probe")
     assert seen == [(leaf, {"mvm-probe": cgroup.limits(mem_mib=256, vcpus=1)})]
     assert groups.there == {}
+
+
+@pytest.mark.req("L3", "L7")
+def test_what_a_killed_probe_leaves_is_found_and_removed(
+    guest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = guest / "cache"
+    driver = chosen(guest)
+    start = driver.start
+    begun = os.eventfd(0)
+
+    def tell(machine: Machine) -> FirecrackerVm:
+        vm = start(machine)
+        os.eventfd_write(begun, 1)
+        return vm
+
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.MARKER", b"never said")
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.probe.PROBE_S", 100.0)
+    monkeypatch.setattr(driver, "start", tell)
+    child = os.fork()
+    if child == 0:
+        driver.acceleration(guest / "vmlinux", guest / "initrd")
+        os._exit(1)
+    os.eventfd_read(begun)
+    assert not probe_room.sweep(cache), "it is under way"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    runtime = cache / "probe/runtime"
+    left = keeper.anything_left(runtime)
+    assert left
+    its_keeper = os.pidfd_open(left)
+    _sweep_probe(cache, Log())
+    assert not runtime.exists()
+    assert wait_readable(its_keeper, 5.0), "it has ended"
+    os.close(its_keeper)
+    assert not probe_room.sweep(cache)
+    os.close(begun)
 
 
 class FakeGroups(cgroup.Groups):
