@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from bench import cost
+from bench.target import Given, Target
 from bench.worker import Worker
 
 import mvm
@@ -38,14 +39,14 @@ from mvm.hostd.operations.snapshots import open_latest
 from mvm.hostd.pager import open_memory, plain_memory
 from mvm.hostd.sealing import CHUNK, SealedImage
 from mvm.hostd.stopwatch import Stopwatch
-from mvm.hostd.store import InstancePaths
-from mvm.hostd.vmm.qemu.driver import QemuDriver
+from mvm.hostd.store import InstancePaths, Store
 from mvm.linux.files import remove_tree
 from mvm.linux.process import Completed, run
-from mvm.standalone.compose import CACHE, key_provider
+from mvm.standalone.compose import CACHE, FileAuditLog, key_provider
 from mvm.standalone.facade import Standalone
 from mvm.wire.executor import no_progress
 from mvm.wire.guest_api import WakeReport
+from mvm.wire.hostd_api import Purpose
 
 FLAKE = "nix/embedded"
 DATA_DISK_MIB = 64
@@ -54,6 +55,7 @@ WINDOW_S = 3.3
 _CLONE_NEWNET = 0x40000000
 _COMMAND_TIMEOUT_S = 300.0
 Say = Callable[[str], None]
+_QEMU = Target()
 
 
 class Timed(NamedTuple):
@@ -128,7 +130,7 @@ class Guest:
         return self._timed(began, before, record)
 
     def start_worker(self) -> None:
-        with self._node.host.channel(self.plan.instance) as channel:
+        with self._node.host.channel(self.plan.instance, Purpose.EXEC) as channel:
             channel.spawn(Worker.argv())
         self.worker = Worker(self.plan.network.ip)
         self.worker.wait()
@@ -229,7 +231,9 @@ class Guest:
         with ExitStack() as opened:
             revision = load_revision(node.facade.store, self.plan)
             machine = opened.enter_context(
-                assemble(node.facade.store, node.keys, self.plan, revision, cold=False)
+                assemble(
+                    node.facade.store, node.keys, self.plan, revision, cold=False, wants=node.driver.wants
+                )
             )
             fingerprint = node.driver.fingerprint(machine)
             distrust_ports(context.paths.runtime, range(1, 8))
@@ -242,9 +246,11 @@ class Guest:
                 image = opened.enter_context(open_latest(context, ref, fingerprint))
                 state = image.state()
                 memory = open_memory(image, self.plan.uid, self.plan.gid, context.paths.runtime / "memory")
-            opened.callback(memory.close)
             step("open memory")
-            vm = node.driver.restore(machine, memory)
+            try:
+                vm = node.driver.restore(machine, memory)
+            finally:
+                memory.close()
             opened.callback(vm.close)
             pid = vm.identity.pid
             step("start VMM")
@@ -281,14 +287,29 @@ class Guest:
 class Node:
     """The node of one run. `scratch`: a directory on tmpfs, for plain images."""
 
-    def __init__(self, root: Path, scratch: Path) -> None:
+    def __init__(self, root: Path, scratch: Path, target: Target) -> None:
         self.root = root
         self.scratch = scratch
-        self.facade = Standalone.open(root)
+        self.target = target
         self.keys = key_provider(root)
-        self.driver = QemuDriver(CACHE)
+        self.facade = self._facade()
+        self.driver = target.driver(CACHE)
         self.host = Host(self.facade.store, self.keys, self.driver)
         self.guests: list[Guest] = []
+
+    def _facade(self) -> Standalone:
+        folder = self.target.revision
+        if folder is None:
+            return Standalone.open(self.root)
+        store = Store(self.root)
+        store.open()
+        return Standalone(
+            store,
+            self.keys,
+            host=lambda: self.host,
+            workshop=lambda: Given(self.root, folder),
+            audit=FileAuditLog(store),
+        )
 
     def host_with(self, fault: Callable[[str], None]) -> Host:
         return Host(self.facade.store, self.keys, self.driver, fault=fault)
@@ -296,7 +317,7 @@ class Node:
     def mvm(self, *arguments: str) -> Completed:
         """Run the command line on this node's root, as a user would start it."""
         installed = Path(sys.executable).with_name("mvm")
-        env = {"MVM_ROOT": str(self.root)}
+        env = {"MVM_ROOT": str(self.root), **self.target.environment()}
         argv = [str(installed)]
         if not installed.exists():
             argv = [sys.executable, "-m", "mvm.cli"]
@@ -316,7 +337,7 @@ class Node:
 
 
 @contextmanager
-def measuring_node(sizes: tuple[int, ...], say: Say) -> Iterator[Node]:
+def measuring_node(sizes: tuple[int, ...], say: Say, target: Target = _QEMU) -> Iterator[Node]:
     """A node with one built, never started guest for each of `sizes` (MiB). Needs root and one thread."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
@@ -324,7 +345,7 @@ def measuring_node(sizes: tuple[int, ...], say: Say) -> Iterator[Node]:
     scratch = Path(tempfile.mkdtemp(prefix="mvm-bench-", dir="/dev/shm"))
     node: Node | None = None
     try:
-        node = Node(root, scratch)
+        node = Node(root, scratch, target)
         for size in sizes:
             say(f"preparing the {size} MiB guest")
             node.guests.append(Guest(node, size))

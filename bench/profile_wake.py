@@ -1,6 +1,6 @@
 """Where the time of one wake goes. Needs root.
 
-    python -m bench.profile_wake [--size 256] [--repeats 10] [--output text|json]
+    python -m bench.profile_wake [--vmm qemu|firecracker] [--size 256] [--repeats 10] [--output text|json]
 
 Restores one sleeping guest again and again, plain and encrypted in turn, by the steps of a wake, and shows for each
 step its wall time and the CPU time that command, keeper and VMM spent meanwhile; for the pager, what the kernel asked
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from bench.cost import Cpu
 from bench.figures import aligned
 from bench.node import WINDOW_S, Restored, measuring_node
+from bench.target import Target, add_options, of_options
 
 from mvm.core.errors import MvmError
 from mvm.hostd import pager
@@ -152,12 +153,12 @@ def pager_use(events: Sequence[Event], restored: Restored) -> PagerUse:
     )
 
 
-def profile(size: int, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+def profile(size: int, repeats: int, say: Callable[[str], None], target: Target) -> dict[str, Any]:
     """Medians, as a JSON-able object."""
     plain: list[Restored] = []
     encrypted: list[Restored] = []
     used: list[PagerUse] = []
-    with measuring_node((size,), say) as node:
+    with measuring_node((size,), say, target) as node:
         guest = node.guests[0]
         guest.boot()
         guest.start_worker()
@@ -257,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.profile_wake", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--size", type=int, default=256, help="guest memory in MiB (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=10)
+    add_options(parser)
     parser.add_argument("--output", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
@@ -267,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     try:
-        found = profile(options.size, options.repeats, say)
+        found = profile(options.size, options.repeats, say, of_options(options))
     except MvmError as error:
         print(f"error: {error.brief}\n{error.details}\n{error.resolution}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Measure sleeping and waking, and hold the figures against the targets. Needs root.
 
-    python -m bench.sleep_wake [--sizes 256,512,1024,2048] [--repeats 5] [--quick] [--output text|json]
+    python -m bench.sleep_wake [--vmm qemu|firecracker] [--sizes 256,512,1024,2048] [--repeats 5] [--quick]
+                               [--output text|json]
 
 One guest of each size, the same working set in all of them (`bench.worker`). Every repeat takes each of them from
 cold boot through all variants; guest sizes alternate in the innermost loop and the variants begin at another one each
@@ -27,6 +28,7 @@ from bench import figures
 from bench.cost import Cpu
 from bench.figures import Samples, Verdict, ratio
 from bench.node import WINDOW_S, Guest, Node, Timed, measuring_node, sleep_receipt, wake_receipt
+from bench.target import add_options, of_options
 
 from mvm.core.errors import MvmError
 from mvm.linux.machine import cpu_model
@@ -218,7 +220,7 @@ def machine(node: Node) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "cpu": cpu_model().name,
         "kernel": platform.release(),
-        "qemu": node.driver.version(),
+        node.driver.name: node.driver.version(),
         "acceleration": capabilities.accel,
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
@@ -236,6 +238,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="two repeats: shows that it works, proves nothing"
     )
+    add_options(parser)
     parser.add_argument("--output", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
     try:
@@ -257,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     try:
-        with measuring_node(options.sizes, say) as node:
+        with measuring_node(options.sizes, say, of_options(options)) as node:
             about = machine(node)
             run = Run(node, options.repeats, say)
             run.all()
