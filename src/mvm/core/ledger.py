@@ -126,7 +126,7 @@ class Seen(msgspec.Struct, frozen=True):
 
     `in_use`: a tap somebody has open, a bridge with ports, a cgroup with processes, a mapping somebody has open.
     `below_root`: whether what it is made from lies below the state root, None where that does not apply or
-    cannot be told. `proper`: it is what mvm makes under such a name (a bridge, not a dummy).
+    cannot be told. `proper`: it is what mvm makes under such a name (a bridge, not a dummy; no half of a disk).
     """
 
     kind: Kind
@@ -255,6 +255,8 @@ def _foreign(ledger: Ledger, seen: Seen) -> str:
     instance = instance_of(seen.kind, seen.name)
     if instance is not None and instance in ledger.unreadable:
         return "the record of its instance cannot be read"
+    if seen.kind is Kind.REMAINS and not seen.proper:
+        return "of its data disk, the image or the key is missing; mvm tenant destroy --wipe-volumes removes the rest"
     if seen.kind in _BELOW_ROOT:
         return ""
     if not seen.proper:

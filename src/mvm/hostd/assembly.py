@@ -115,6 +115,8 @@ def assemble(
             opened.callback(os.close, fd)
             return fd
 
+        if cold:
+            volume.settle(paths.data_disk)
         if cold and not paths.data_disk.exists():
             volume.create(paths.data_disk, plan.data_disk_mib << 20, keys, plan.instance)
         elif cold:

@@ -30,6 +30,7 @@ class DaemonHost(Host):
         with self._instance(instance, no_progress) as context:
             if context.paths.volumes.is_dir():
                 sweep_temporaries(context.paths.volumes)
+                volume.settle(context.paths.data_disk)
             return context.record
 
     def attach_drives(self, plan: InstancePlan, progress: Progress = no_progress) -> InstanceRecord:
@@ -47,6 +48,7 @@ class DaemonHost(Host):
             context.watch.phase("data volume")
             # A killed one leaves half a volume, and no intent in the record that would have it swept.
             sweep_temporaries(context.paths.volumes)
+            volume.settle(context.paths.data_disk)
             if not context.paths.data_disk.exists():
                 volume.create(context.paths.data_disk, plan.data_disk_mib << 20, self._keys, plan.instance)
             os.close(volume.open_key(context.paths.data_disk, self._keys, plan.instance))

@@ -42,7 +42,7 @@ from mvm.linux.mount import detach, mounts_below
 
 if TYPE_CHECKING:
     from mvm.hostd.log import Log
-    from mvm.hostd.store import InstancePaths, Store
+    from mvm.hostd.store import Store
 
 _BLOCK = Path("/sys/block")
 _ROUNDS: Final = 4
@@ -291,13 +291,11 @@ def leavings(store: Store) -> Iterator[Seen]:
         for name in _names(paths.snapshots):
             if name != LATEST:
                 yield Seen(Kind.FILE, ledger.folder(instance, f"snapshots/{name}"), below_root=True)
-        if not paths.state.exists() and not _keeps_a_disk(paths):
-            yield Seen(Kind.REMAINS, ledger.folder(instance), below_root=True)
-
-
-def _keeps_a_disk(paths: InstancePaths) -> bool:
-    """A destroy that was not asked to wipe leaves the disk and its key for the next instance of the name."""
-    return paths.data_disk.exists() and volume.key_path(paths.data_disk).exists()
+        if not paths.state.exists():
+            # A destroy that was not asked to wipe leaves the disk and its key for the next instance of the name.
+            kept = volume.is_kept(paths.data_disk)
+            if not (kept and volume.is_whole(paths.data_disk)):
+                yield Seen(Kind.REMAINS, ledger.folder(instance), below_root=True, proper=not kept)
 
 
 def rules(store: Store) -> Iterator[Seen]:

@@ -18,6 +18,7 @@ from mvm.core.snapshot import SnapshotRef
 from mvm.hostd import keeper, sealing
 from mvm.hostd.operations.context import Context
 from mvm.hostd.panic import panic_message
+from mvm.hostd.resources import volume
 from mvm.hostd.sealing.layout import SEGMENT_PREFIX
 from mvm.linux import pidfd
 from mvm.linux.files import fsync_dir, sweep_temporaries
@@ -43,6 +44,7 @@ def _settle_pending(context: Context) -> None:
     committed = pending.committed
     if context.paths.volumes.is_dir():
         sweep_temporaries(context.paths.volumes)
+        volume.settle(context.paths.data_disk)
     if pending.intent is Intent.QUIESCING and not committed and pending.snapshot is not None:
         # The rename is the commit point, and the record is written after it.
         ref = _committed_snapshot(context, pending.snapshot)

@@ -73,7 +73,7 @@ def destroy(node: Standalone, instance: InstanceId, *, wipe_volumes: bool, progr
         note.add(detail="volumes wiped" if wipe_volumes else "volumes kept")
         paths = node.store.instance_paths(instance)
         before = _stored(node.store, instance)
-        if before is None and not (wipe_volumes and paths.data_disk.exists()):
+        if before is None and not (wipe_volumes and volume.is_there(paths.data_disk)):
             if all(pool.id != instance.pool for pool in spec.pools) and not paths.base.exists():
                 spec.pool(instance.pool)  # raises: more likely a slip than a second try
             note.skip = True
@@ -88,7 +88,7 @@ def remove(node: Standalone, instance: InstanceId, *, wipe_volumes: bool, progre
     """Destroy it; also the volume that an earlier destroy of it left, which has no record any more."""
     node.host.destroy_instance(instance, wipe_volumes=wipe_volumes, progress=progress)
     paths = node.store.instance_paths(instance)
-    if not wipe_volumes or not paths.data_disk.exists():
+    if not wipe_volumes or not volume.is_there(paths.data_disk):
         return
     with locked(paths.lock, wait=LOCK_WAIT_S):
         # Not if somebody has made it anew in the meantime: the volume is that one's now.

@@ -186,10 +186,12 @@ def _destroy(node: Standalone, tenant: TenantId, *, wipe_volumes: bool, progress
 
 
 def volumes(node: Standalone, tenant: TenantId) -> tuple[InstanceId, ...]:
-    """The instances, present or past, whose data disk is on this machine."""
+    """The instances, present or past, whose data disk, or what is left of it, is on this machine."""
+    from mvm.hostd.resources import volume
+
     try:
         names = sorted(os.listdir(node.store.tenant_dir(tenant) / "instances"))
     except FileNotFoundError:
         return ()
     found = [InstanceId.in_dir(tenant, name) for name in names]
-    return tuple(i for i in found if node.store.instance_paths(i).data_disk.exists())
+    return tuple(i for i in found if volume.is_there(node.store.instance_paths(i).data_disk))

@@ -150,10 +150,12 @@ def test_a_wipe_cut_short_is_finished(world: FakeWorld, point: str) -> None:
     world.host().create_instance(plan)
     assert world.killed_at("before end", lambda h: h.destroy_instance(plan.instance, wipe_volumes=False))
     disk = world.paths(plan).data_disk
+    disk.with_name(volume.WIPING_NAME).touch()
     volume.key_path(disk).unlink()
     if point != "key gone":
         disk.unlink()
     if point in ("record only", "all but the folder"):
+        disk.with_name(volume.WIPING_NAME).unlink()
         disk.parent.rmdir()
     if point == "all but the folder":
         world.paths(plan).state.unlink()

@@ -6,15 +6,17 @@ import fcntl
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 from tests.support.fake_world import FakeWorld
 
 from mvm.core import addressing
+from mvm.core.errors import Conflict, NotFound
 from mvm.core.ids import TenantId
 from mvm.core.ledger import Foreign, Kind, Lacks
 from mvm.hostd.ledger import recover_node, survey
-from mvm.hostd.resources import network
+from mvm.hostd.resources import network, volume
 from mvm.linux import netlink as nl
 
 pytestmark = pytest.mark.root
@@ -151,12 +153,52 @@ def test_half_written_files_are_removed(world: FakeWorld) -> None:
     empty = paths.base.with_name("web-3")
     (empty / "state.json").unlink()
     (empty / "volumes/data.img").unlink()
+    (empty / "volumes/data.key").rename(empty / "volumes/data.key.new")  # a creation that was killed
     report = recover_node(world.store)
     assert (report.failed, report.foreign) == ([], [])
     assert [path for path in left if path.exists()] == []
     assert not empty.exists()
     assert paths.data_disk.exists()
     assert recover_node(world.store).clean
+
+
+@pytest.mark.req("L3", "K1")
+@pytest.mark.parametrize("missing", ["data.key", "data.img"])
+def test_half_of_a_kept_disk_is_said_and_left(world: FakeWorld, missing: str, tmp_path: Path) -> None:
+    """A key lost, or an image moved away for a moment: nothing that mvm did, so nothing for it to finish."""
+    plan = world.plan()
+    world.host().create_instance(plan)
+    world.host().destroy_instance(plan.instance, wipe_volumes=False)
+    paths = world.paths(plan)
+    before = {path.name: path.read_bytes() for path in paths.volumes.iterdir()}
+    (paths.volumes / missing).rename(tmp_path / missing)
+    for _ in range(2):
+        report = recover_node(world.store)
+        assert [(type(a), a.kind) for a in report.foreign] == [(Foreign, Kind.REMAINS)]
+        assert (report.undone, report.failed) == ([], [])
+    with pytest.raises((Conflict, NotFound)):
+        world.host().create_instance(plan)
+    world.host().destroy_instance(plan.instance, wipe_volumes=False)
+    shutil.move(tmp_path / missing, paths.volumes / missing)
+    assert {path.name: path.read_bytes() for path in paths.volumes.iterdir()} == before
+    assert world.host().create_instance(plan).process is not None
+    # And half of one goes as a whole does, when somebody asks for it.
+    (paths.volumes / missing).rename(tmp_path / missing)
+    world.host().destroy_instance(plan.instance, wipe_volumes=True)
+    assert not paths.base.exists()
+    assert recover_node(world.store).clean
+
+
+@pytest.mark.req("L3", "K1")
+def test_a_wipe_without_a_record_that_was_cut_short_is_finished(world: FakeWorld) -> None:
+    plan = world.plan()
+    world.host().create_instance(plan)
+    world.host().destroy_instance(plan.instance, wipe_volumes=False)
+    paths = world.paths(plan)
+    (paths.volumes / volume.WIPING_NAME).touch()
+    volume.key_path(paths.data_disk).unlink()
+    assert [action.kind for action in recover_node(world.store).undone] == [Kind.REMAINS]
+    assert not paths.base.exists()
 
 
 @pytest.mark.req("L3")

@@ -246,7 +246,8 @@ def test_a_wipe_cut_short_leaves_a_whole_key_or_none(
         with pytest.raises(Killed):
             volume.wipe(image)
     assert not volume.key_path(image).exists()
-    volume.wipe(image)
+    assert volume.is_wiping(image)
+    volume.settle(image)
     assert os.listdir(image.parent) == []
 
 
@@ -288,7 +289,7 @@ def test_a_crash_leaves_no_half_disk(
 
         def die(*args: object, **kwargs: object) -> object:
             # Not at the key's own write, which comes before.
-            if volume.key_path(path).exists():
+            if path.with_name(volume.NEW_KEY_NAME).exists():
                 os._exit(9)
             return real(*args, **kwargs)
 
@@ -301,6 +302,31 @@ def test_a_crash_leaves_no_half_disk(
     os.close(volume.open_key(path, provider, ACME))
     files.sweep_temporaries(path.parent)
     assert sorted(os.listdir(path.parent)) == [volume.IMAGE_NAME, volume.KEY_NAME]
+
+
+@pytest.mark.req("K1", "L3")
+def test_a_key_is_never_replaced_by_another_disks(image: Path, provider: DevelopmentKeyProvider) -> None:
+    key, away = volume.key_path(image).read_bytes(), image.with_name("moved")
+    image.rename(away)
+    with pytest.raises(Conflict, match="its key is still there"):
+        volume.create(image, SIZE, provider, ACME)
+    assert volume.key_path(image).read_bytes() == key
+    away.rename(image)
+    os.close(volume.open_key(image, provider, ACME))
+
+
+@pytest.mark.req("K1", "L3")
+def test_what_is_not_marked_is_not_settled(image: Path, provider: DevelopmentKeyProvider) -> None:
+    names = {image.name, volume.KEY_NAME}
+    volume.settle(image)
+    assert set(os.listdir(image.parent)) == names
+    volume.key_path(image).rename(image.with_name(volume.NEW_KEY_NAME))  # killed before the key got its name
+    volume.settle(image)
+    assert set(os.listdir(image.parent)) == names
+    os.close(volume.open_key(image, provider, ACME))
+    volume.key_path(image).unlink()
+    volume.settle(image)
+    assert os.listdir(image.parent) == [image.name]
 
 
 @pytest.mark.req("K1")

@@ -50,10 +50,11 @@ def remove_remains(paths: InstancePaths, *, wipe_volumes: bool) -> None:
     """Remove the files of a destroyed instance, under its lock; its record goes last. Repeatable after a crash."""
     for folder in (paths.runtime, paths.snapshots, paths.jail):
         remove_tree(folder)
-    # The key goes before the image: an image without one is what a wipe cut short left.
-    if wipe_volumes or not volume.key_path(paths.data_disk).exists():
+    if wipe_volumes:
         volume.wipe(paths.data_disk)
-    if paths.data_disk.exists():
+    else:
+        volume.settle(paths.data_disk)
+    if volume.is_kept(paths.data_disk):
         paths.state.unlink(missing_ok=True)
     else:
         remove_tree(paths.base)

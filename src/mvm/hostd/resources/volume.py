@@ -9,9 +9,16 @@
 
 Rules. The passphrase reaches cryptsetup on its standard input and a VMM through an inherited memfd, never through
 argv, environment or disk. What `attach` opens lives as long as the VMM; `lock` makes sure of its end.
-The key file is durable before the image gets its name, so an image without a key cannot exist; a key
-without an image is what an interrupted creation leaves, and the next creation replaces it. Wiping goes the
-other way round: the key first, after which the image is noise. The caller holds the instance's lock.
+The caller holds the instance's lock.
+
+Half of a disk is never taken for a step cut short: an image whose key somebody lost, or a key whose image somebody
+moved away, is left as it is until a wipe is asked for. A step cut short says so itself, durably before its first
+effect:
+
+    volumes/data.key.new   a creation: the key, until the image has its name. Alone, the next creation replaces it;
+                           beside an image, it is the key, and gets its name
+    volumes/data.wiping    a wipe, which goes the other way round (the key first, after which the image is noise);
+                           whoever finds it finishes the wipe
 
 The image is as large as its payload and a header of 2 MiB, but takes only the space that was written to.
 """
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
 
 IMAGE_NAME = "data.img"
 KEY_NAME = "data.key"
+NEW_KEY_NAME = "data.key.new"
+WIPING_NAME = "data.wiping"
 PAYLOAD_OFFSET = 4096 * 512
 """Bytes before the payload: header and key slots, as cryptsetup lays out LUKS1 on a plain file, and LUKS2 if told."""
 MAGIC = b"LUKS\xba\xbe"
@@ -81,8 +90,8 @@ def create(
 ) -> None:
     """Make an empty encrypted disk of `size` bytes (whole MiB), owned by the VMM's `uid`, `gid`.
 
-    Conflict if it exists. ResourceExhausted unless the file system has room for all of it now: space is
-    taken only as the guest writes, and may still run out later.
+    Conflict if it exists, or the key of one that is not there. ResourceExhausted unless the file system has room for
+    all of it now: space is taken only as the guest writes, and may still run out later.
     """
     if size <= 0 or size % _SIZE_STEP:
         raise InvalidInput(f"a data disk of {size} bytes is not possible", details="use whole mebibytes")
@@ -91,13 +100,21 @@ def create(
             f"{image} exists already", resolution="use it, or destroy the instance with its volumes"
         )
     require_space(image.parent, size + PAYLOAD_OFFSET)
+    settle(image)
+    if os.path.lexists(key_path(image)):
+        raise Conflict(
+            "the data disk is gone, and its key is still there",
+            details=f"Another disk would take the place of {key_path(image)}, without which {image} opens no more.",
+            resolution="Put the image back; or destroy the instance with its volumes, and start it again.",
+        )
     # What an interrupted command has left open; a mapping has room for one image.
     lock(image, instance)
     luks = 1 if dm_crypt.unavailable() else 2
     temporary = files.temporary_beside(image)
     with SecretBytes.from_random(keys.KEY_SIZE) as data_key, passphrase(data_key) as phrase:
         with provider.tenant_key(instance.tenant) as tenant_key:
-            files.write_atomic(key_path(image), tenant_key.wrap(data_key, context(instance)), 0o600)
+            wrapped = tenant_key.wrap(data_key, context(instance))
+            files.write_atomic(image.with_name(NEW_KEY_NAME), wrapped, 0o600)
         try:
             _make(temporary, size, phrase, luks, instance, uid, gid)
             os.rename(temporary, image)
@@ -113,6 +130,44 @@ def create(
             temporary.unlink(missing_ok=True)
             raise
     files.fsync_dir(image.parent)
+    settle(image)
+
+
+def settle(image: Path) -> None:
+    """Finish, or undo, what a creation or a wipe that was cut short has left. Nothing else is touched."""
+    new, key = image.with_name(NEW_KEY_NAME), key_path(image)
+    if is_wiping(image):
+        wipe(image)
+    elif new.exists():
+        if image.exists():
+            if os.path.lexists(key):
+                return  # mvm never makes both; which of them opens it is not for us to guess
+            # Who gave the image its name may have died before that was durable; without it this is its last key.
+            files.fsync_dir(image.parent)
+            os.rename(new, key)
+        else:
+            new.unlink()
+        files.fsync_dir(image.parent)
+
+
+def is_kept(image: Path) -> bool:
+    """Whether there is a disk, or half of one, that no wipe has begun to destroy."""
+    return (image.exists() or os.path.lexists(key_path(image))) and not is_wiping(image)
+
+
+def is_there(image: Path) -> bool:
+    """Whether a wipe would find anything to do."""
+    return any(os.path.lexists(image.with_name(n)) for n in (IMAGE_NAME, KEY_NAME, NEW_KEY_NAME, WIPING_NAME))
+
+
+def is_whole(image: Path) -> bool:
+    """Whether image and key are there, the key possibly under the name it has while they are made."""
+    return image.exists() and any(os.path.lexists(image.with_name(name)) for name in (KEY_NAME, NEW_KEY_NAME))
+
+
+def is_wiping(image: Path) -> bool:
+    """Whether a wipe has begun."""
+    return image.with_name(WIPING_NAME).exists()
 
 
 def render_format(image: Path, luks: int) -> list[str]:
@@ -285,20 +340,27 @@ def wipe(image: Path) -> None:
     """Destroy the disk: the key first, then what is stored of the image, then its name. Absent is done.
 
     The key loses its name before its bytes: cut short, this leaves a whole key or none, never one that is there
-    and opens nothing, which would keep an image that nobody can use and nobody replaces.
+    and opens nothing.
     """
     folder = image.parent
     if not folder.is_dir():
         return
-    key = key_path(image)
-    if os.path.lexists(key):
-        os.rename(key, files.temporary_beside(key))
-        files.fsync_dir(folder)
+    marker = image.with_name(WIPING_NAME)
+    if any(os.path.lexists(folder / name) for name in (IMAGE_NAME, KEY_NAME, NEW_KEY_NAME)):
+        files.write_atomic(marker, b"", 0o600)
+    for name in (KEY_NAME, NEW_KEY_NAME):
+        if os.path.lexists(folder / name):
+            os.rename(folder / name, files.temporary_beside(folder / name))
+            files.fsync_dir(folder)
     for name in os.listdir(folder):
         if name.startswith(f"{files.TEMPORARY_PREFIX}{KEY_NAME}"):
             files.wipe(folder / name)
     files.sweep_temporaries(folder)
     files.wipe(image)
+    # After the image's end is durable, and durable itself: a mark left behind would wipe a disk put back later.
+    files.fsync_dir(folder)
+    marker.unlink(missing_ok=True)
+    files.fsync_dir(folder)
 
 
 def require_space(folder: Path, size: int) -> None:
