@@ -105,11 +105,11 @@ class App:
     def say(self, text: str) -> None:
         """A sentence for people; not part of JSON output."""
         if not self.json and not self.quiet:
-            click.echo(text)
+            click.echo(printable(text))
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            click.echo(to_json({"warning": text}) if self.json else f"warning: {text}", err=True)
+            click.echo(to_json({"warning": text}) if self.json else f"warning: {printable(text)}", err=True)
 
     def answer(self, value: Any) -> None:
         """One JSON object, if JSON was asked for."""
@@ -162,11 +162,27 @@ def to_json(value: Any) -> str:
             return str.__str__(item)
         raise TypeError(type(item).__name__)
 
-    return msgspec.json.encode(value, enc_hook=plain).decode()
+    text = msgspec.json.encode(value, enc_hook=plain).decode()
+    # JSON leaves alone what some terminals obey: C1 controls, and what turns the direction of writing.
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
+
+
+def printable(text: str) -> str:
+    """One line of `text`, without control characters, which would be commands to the terminal; tabs become spaces.
+
+    What a guest wrote, or a program quoted, ends in errors and tables; everything that is shown goes through here.
+    """
+    return "".join(c if c.isprintable() else " " if c == "\t" else "?" for c in text)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns two spaces apart; the last column is as long as it is."""
+    """Lines with columns two spaces apart; the last column is as long as it is. Printable, whatever is in them."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     widths[-1] = 0
     form = "  ".join(f"%-{width}s" if width else "%s" for width in widths)
@@ -184,7 +200,7 @@ def _draw(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(header, overflow="fold")
     for row in rows:
         # As text: square brackets in a name are no markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 

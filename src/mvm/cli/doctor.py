@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mvm.cli.app import App, pass_app
+from mvm.cli.app import App, pass_app, printable
 from mvm.cli.base import command
 from mvm.core.errors import MissingPrerequisite
 from mvm.hostd.inspect.doctor import Check, Facts, Result, diagnose
@@ -28,7 +28,7 @@ def doctor(app: App) -> None:
     for check in checks:
         app.answer(check)
     if not app.json:
-        click.echo("\n".join(rendered(checks)))
+        click.echo("\n".join(map(printable, rendered(checks))))
     failed = [check.id for check in checks if check.result is Result.FAIL]
     if failed:
         raise MissingPrerequisite(

@@ -70,12 +70,15 @@ def report(error: BaseException, app: App) -> int:
 
 
 def human(error: MvmError) -> str:
+    """As above. Details quote guests' consoles and programs: what would command the terminal is not passed on."""
+    from mvm.cli.app import printable
+
     lines = [f"error: {error.brief}"]
     lines += [f"  {line}" for line in error.details.splitlines()]
     if error.resolution:
         first, *rest = error.resolution.splitlines()
         lines += [f"next: {first}", *(f"  {line}" for line in rest)]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def translated(error: BaseException, app: App) -> MvmError:

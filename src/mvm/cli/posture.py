@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mvm.cli.app import App, pass_app
+from mvm.cli.app import App, pass_app, printable
 from mvm.cli.base import command
 from mvm.core.errors import Refused
 from mvm.core.posture import MEANING, Finding, Mode, Posture, Status, assess, render_page
@@ -35,7 +35,7 @@ def posture(app: App, require: str | None) -> None:
             app.answer(_row(finding))
         app.answer({"mode": reached.mode, "missing": reached.missing, "unseen": reached.unseen})
     else:
-        click.echo("\n".join(rendered(findings, reached)))
+        click.echo("\n".join(map(printable, rendered(findings, reached))))
     order = [mode.value for mode in Mode]
     if require is not None and order.index(reached.mode) < order.index(require):
         raise Refused(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from mvm.cli.app import to_json
+from mvm.cli.app import printable, to_json
 
 if TYPE_CHECKING:
     from mvm.cli.app import App
@@ -129,11 +129,6 @@ class Progress:
             os.write(self._fd, text.encode("utf-8", "replace"))
         except OSError:
             self._draws = False
-
-
-def printable(text: str) -> str:
-    """Without control characters, which would be commands to the terminal; tabs become spaces."""
-    return "".join(c if c.isprintable() else " " if c == "\t" else "?" for c in text)
 
 
 def _stderr() -> int:
