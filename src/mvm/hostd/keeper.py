@@ -75,6 +75,10 @@ file's size. Before that nothing may be stored in the file: FUSE_NOTIFY_STORE ex
 answer that would correct it is then dropped as older."""
 
 
+class EndedAtOnce(VmmError):
+    """The VMM was executed, and had ended before anybody could look at it."""
+
+
 class Program(msgspec.Struct, frozen=True):
     """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors.
 
@@ -162,7 +166,7 @@ def launch(
     vmm_pid, keeper_pid = (int(number) for number in rest.split())
     vmm, keeper = identify(vmm_pid), identify(keeper_pid)
     if vmm is None or keeper is None:
-        raise VmmError(
+        raise EndedAtOnce(
             "the VMM ended at once", details=last_words(runtime, errors), resolution=f"See {errors}."
         )
     return vmm, keeper

@@ -134,7 +134,7 @@ def choose(settings: VmmSettings, cache: Path, *, confined: bool = False) -> Cho
     """The drivers that this host can have. Looks for the programs, starts none."""
     from mvm.hostd.vmm.qemu.driver import QemuDriver
 
-    qemu = QemuDriver(cache)
+    qemu = QemuDriver(cache, confined=confined)
     if settings.driver == "qemu":
         return Choice("qemu", qemu, None, "the settings say that QEMU is to be used")
     from mvm.hostd.vmm.firecracker import programs

@@ -51,13 +51,15 @@ def parse_version(text: str) -> str:
 
 
 class QemuDriver:
-    """`cache`: a directory for what is probed once per host and kernel."""
+    """`cache`: a directory for what is probed once per host and kernel. `confined`: baseline mode, in which a probe
+    is not started without jail and control group either."""
 
     name = "qemu"
     wants = Wants()
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, *, confined: bool = False) -> None:
         self._cache = cache
+        self._confined = confined
         self._version = ""
 
     def program(self) -> str:
@@ -89,7 +91,9 @@ class QemuDriver:
         return self._version
 
     def acceleration(self, kernel: Path, initrd: Path) -> Acceleration:
-        return choose_acceleration(self.program(), self.version(), kernel, initrd, self._cache)
+        return choose_acceleration(
+            self.program(), self.version(), kernel, initrd, self._cache, confined=self._confined
+        )
 
     def capabilities(self, kernel: Path, initrd: Path) -> Capabilities:
         chosen = self.acceleration(kernel, initrd)
