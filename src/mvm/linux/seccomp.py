@@ -35,6 +35,7 @@ _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWPID: Final = 0x20000000
+_CLONE_NEW: Final = 0x7E020000  # any namespace: mount, cgroup, uts, ipc, user, pid, net
 _TIOCSTI: Final = 0x5412
 _CLONE3: Final = 435
 _NEWEST: Final = 466  # of the newest kernel this table was checked against
@@ -117,6 +118,7 @@ _X86_64: Final[dict[str, dict[str, int]]] = {
 }  # fmt: skip
 
 
+_OTHER_MOUNTS: Final = {"chroot": 161, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433}
 _SHARED_OBJECTS: Final = {
     "shmget": 29, "shmat": 30, "shmctl": 31, "semget": 64, "semop": 65, "semctl": 66, "shmdt": 67, "msgget": 68,
     "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "semtimedop": 220, "mq_open": 240, "mq_unlink": 241,
@@ -184,13 +186,31 @@ def assemble(instructions: list[Instruction]) -> bytes:
 
 def forbidding() -> list[Instruction]:
     """A filter that takes away what changes a process's view of the host, and System V's and POSIX's objects, which
-    everybody in an IPC namespace can name; everything else it leaves as it is."""
-    refused = sorted({**_X86_64["mounts"], **_X86_64["the jail of a VMM"], **_SHARED_OBJECTS}.values())
+    everybody in an IPC namespace can name; everything else that this table's kernels know it leaves as it is.
+
+    No namespace comes of a clone either, so clone3 is not there (C libraries use clone instead). A newer call could be
+    another way to mount, so those do not exist.
+    """
+    refused = sorted(
+        {
+            **_X86_64["mounts"],
+            **_X86_64["the jail of a VMM"],
+            **_OTHER_MOUNTS,
+            **_SHARED_OBJECTS,
+        }.values()
+    )
+    clone = [_argument(0), Instruction(_JSET, 0, 1, _CLONE_NEW), _return(_ERRNO | errno.EPERM)]
     return [
         Instruction(_LOAD, 0, 0, _ARCH),
         Instruction(_JEQ, 1, 0, _AUDIT_ARCH_X86_64),
         _return(_KILL),
         Instruction(_LOAD, 0, 0, _NR),
+        Instruction(_JGE, 0, 1, _X32_BIT),
+        _return(_KILL),
+        Instruction(_JEQ, 1, 0, _CLONE3),
+        Instruction(_JGE, 0, 1, _NEWEST + 1),
+        _return(_ERRNO | errno.ENOSYS),
+        *_if_call(allowed()["clone"], clone),
         *(Instruction(_JEQ, len(refused) - at, 0, number) for at, number in enumerate(refused)),
         _return(_ALLOW),
         _return(_ERRNO | errno.EPERM),

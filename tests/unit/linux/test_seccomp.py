@@ -88,13 +88,33 @@ def test_a_vmm_in_its_jail_can_build_no_other() -> None:
     }
     refused |= {"semget", "semop", "semctl", "semtimedop"}
     for name, number in table.items():
-        data = struct.pack("=iIQ6Q", number, X86_64, 0, *[0x20000000] * 6)
+        data = struct.pack("=iIQ6Q", number, X86_64, 0, *[0] * 6)
         expected = ERRNO | errno.EPERM if name in refused else ALLOW
         assert seccomp.evaluate(seccomp.forbidding(), data) == expected, name
     for number in (29, 68, 240):  # shmget, msgget, mq_open
         data = struct.pack("=iIQ6Q", number, X86_64, 0, *[0] * 6)
         assert seccomp.evaluate(seccomp.forbidding(), data) == ERRNO | errno.EPERM
     assert seccomp.evaluate(seccomp.forbidding(), struct.pack("=iIQ6Q", 1, I386, 0, *[0] * 6)) == KILL
+
+
+@pytest.mark.req("H4")
+def test_a_vmm_in_its_jail_has_no_other_way_to_a_view_of_its_own() -> None:
+    def found(number: int, *arguments: int) -> int:
+        data = struct.pack("=iIQ6Q", number, X86_64, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
+        return seccomp.evaluate(seccomp.forbidding(), data)
+
+    thread = 0x003D0F00  # what a C library asks for
+    clone = seccomp.allowed()["clone"]
+    assert found(clone, thread) == found(clone, 17) == ALLOW
+    for namespace in (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000):
+        assert found(clone, namespace | 17) == ERRNO | errno.EPERM, hex(namespace)
+    assert found(435) == ERRNO | errno.ENOSYS, "clone3's flags are in memory"
+    for number in (428, 429, 430, 431, 432, 433, 442, 161):
+        assert found(number) == ERRNO | errno.EPERM, number
+    for number in (467, 500, 0x3FFFFFFF):
+        assert found(number) == ERRNO | errno.ENOSYS
+    for number in (1, 165, 272, 520):
+        assert found(0x40000000 | number) == KILL, "x32: the same calls by other numbers"
 
 
 def test_the_kernels_limit() -> None:
