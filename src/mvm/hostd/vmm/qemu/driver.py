@@ -304,6 +304,9 @@ class QemuVm:
         except OSError as error:
             raise VmmError("QEMU's memory cannot be read", details=str(error)) from error
         with memory:
+            # Opened by number: if that changed hands before, what is open now is a stranger's memory.
+            if not self.is_alive():
+                raise VmmError("QEMU ended before its memory could be read", details=self._last_words())
             try:
                 yield memory
             except OSError as error:
