@@ -35,6 +35,8 @@ def test_a_root_file_system_that_somebody_has_locked_still_starts(place: Path) -
         (place / name).touch()
     rootfs = place / "rootfs"
     rootfs.write_bytes(bytes(1 << 20))
+    data = place / "data"
+    data.write_bytes(bytes(3 << 20))
     # All that a VMM can lock with the descriptor that it has, which is for reading.
     held = os.open(rootfs, os.O_RDONLY)
     fcntl.fcntl(held, _F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
@@ -42,8 +44,8 @@ def test_a_root_file_system_that_somebody_has_locked_still_starts(place: Path) -
     os.truncate(memory, 64 << 20)
     machine = Machine(
         name="locks", vcpus=1, mem_mib=64, kernel=place / "vmlinux", initrd=place / "initrd", boot_args="",
-        drives=(Drive("rootfs", str(rootfs), read_only=True),), nic=None, uid=UID, gid=UID,
-        runtime=place / "runtime", jail=place / "jail",
+        drives=(Drive("rootfs", str(rootfs), read_only=True), Drive("data", str(data), read_only=False)),
+        nic=None, uid=UID, gid=UID, runtime=place / "runtime", jail=place / "jail",
     )  # fmt: skip
     os.fchown(memory, UID, UID)
     try:
@@ -52,6 +54,9 @@ def test_a_root_file_system_that_somebody_has_locked_still_starts(place: Path) -
         )
         with vm.memory() as seen:
             assert seen.size == 64 << 20
+        limits = Path(f"/proc/{vm.identity.pid}/limits").read_text()
+        [size] = [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max file size")]
+        assert size == [str(3 << 20)] * 2, "a data disk cannot be made larger than it is"
         vm.stop(0)
     finally:
         os.close(memory)

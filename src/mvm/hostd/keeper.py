@@ -89,7 +89,7 @@ class Program(msgspec.Struct, frozen=True):
     A program that changes its uid by itself is `owner`'s (uid, gid) in the end, and starts as `uid`. By that it loses
     the death signal that ties it to its keeper, so it has to be `tied` whether it has a jail or not: both in a PID
     namespace of which the keeper is the first process, and with which all in it end. `lock_fd`: where the VMM holds the
-    lock; 0 for a program that closes everything from 3 on.
+    lock; 0 for a program that closes everything from 3 on. `file_max`: how large it can make a file, in bytes.
     """
 
     argv: Sequence[str]
@@ -103,6 +103,7 @@ class Program(msgspec.Struct, frozen=True):
     owner: tuple[int, int] | None = None
     tied: bool = False
     lock_fd: int = ALIVE_FD
+    file_max: int | None = None
 
 
 def launch(
@@ -445,6 +446,8 @@ def _become(program: Program, null: int, stderr: int, alive: int, keeper: int, s
                 hugepages.refuse_advice()
         if program.jail is None or program.jail.pivot:
             seccomp.forbid()  # unless it is a program that pivots by itself
+        if program.file_max is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (program.file_max, program.file_max))
         os.umask(0o077)
         for ignored in _NOT_FOR_US:
             signal.signal(ignored, signal.SIG_DFL)

@@ -89,6 +89,26 @@ def test_a_program_that_is_not_there_is_an_error_with_its_words(runtime: Path, s
 
 
 @pytest.mark.req("H4")
+def test_it_can_make_no_file_larger_than_it_may(runtime: Path, tmp_path: Path) -> None:
+    image = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT, 0o600)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        try:
+            os.truncate(image, 65536)
+            program = keeper.Program(
+                ["/bin/sh", "-c", "head -c 65536 /dev/zero >&9; echo full >&4; exec head -c 1 /dev/zero >&9"],
+                {4: theirs.fileno(), 9: image}, UID, UID, (), file_max=65536,
+            )  # fmt: skip
+            keeper.launch(program, runtime=runtime, console=ours, errors=runtime / "logs" / "vmm.log")
+        finally:
+            os.close(image)
+    assert keeper.await_end(runtime)
+    assert read_exit(runtime) == 1 << 8, "File too large"
+    assert (tmp_path / "image").stat().st_size == 65536
+    assert "full" in (runtime / "logs" / "console.log").read_text()
+
+
+@pytest.mark.req("H4")
 def test_the_program_gets_what_it_was_given_and_nothing_else(runtime: Path, start: Start) -> None:
     os.environ["A_SECRET_OF_OURS"] = "x"
     secret, extra = os.pipe()

@@ -174,6 +174,7 @@ class QemuDriver:
                     if machine.jail is None
                     else jail(self.program(), machine.jail, accel, required=machine.confined),
                     cgroup=machine.cgroup,
+                    file_max=_file_max(machine, fds),
                 ),
                 runtime=machine.runtime,
                 console=console_ours,
@@ -325,6 +326,17 @@ class QemuVm:
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None
+
+
+def _file_max(machine: Machine, fds: Mapping[int, int]) -> int | None:
+    """An image is as large as it may be, and QEMU has the right to write to it: one that was taken over could fill the
+    host's disk through it. What else QEMU writes, its device state, is smaller. None where it has no image."""
+    images = [
+        fds[layout.DRIVE_FD + n]
+        for n, drive in enumerate(machine.drives)
+        if not drive.read_only and not drive.device
+    ]
+    return max((os.fstat(fd).st_size for fd in images), default=None)
 
 
 def _wait_gone(keeper: ProcessIdentity) -> None:
