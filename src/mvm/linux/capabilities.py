@@ -35,7 +35,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Status(NamedTuple):
-    """From /proc/<pid>/status. The sets are names without CAP_; `seccomp`: 0 none, 2 filter."""
+    """From /proc/<pid>/status. The sets are names without CAP_; `seccomp`: 0 none, 2 filter. `filters`: how many;
+    kernels before 5.9 tell only that there is one."""
 
     inheritable: frozenset[str]
     permitted: frozenset[str]
@@ -44,6 +45,7 @@ class Status(NamedTuple):
     ambient: frozenset[str]
     no_new_privs: bool
     seccomp: int
+    filters: int
 
 
 def mask(names: Iterable[str]) -> int:
@@ -77,6 +79,7 @@ def parse_status(text: str) -> Status:
     inheritable, permitted, effective, bounding, ambient = (
         names(int(lines[f"Cap{kind}"], 16)) for kind in _SETS
     )
+    seccomp = int(lines["Seccomp"])
     return Status(
         inheritable,
         permitted,
@@ -84,7 +87,8 @@ def parse_status(text: str) -> Status:
         bounding,
         ambient,
         int(lines["NoNewPrivs"]) == 1,
-        int(lines["Seccomp"]),
+        seccomp,
+        int(lines.get("Seccomp_filters", "1")) if seccomp == 2 else 0,
     )
 
 

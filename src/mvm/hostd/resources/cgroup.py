@@ -90,6 +90,21 @@ def membership(text: str) -> str:
     return ""
 
 
+def require_member(leaf: Path, pid: int) -> None:
+    """VmmError unless the process is in the group whose directory this is."""
+    try:
+        found = membership(Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii", errors="replace"))
+    except OSError as error:
+        raise VmmError("the VMM ended at once", details=str(error)) from error
+    wanted = f"/{SLICE}/{leaf.name}"
+    if found != wanted:
+        raise VmmError(
+            "the VMM is not in its control group",
+            details=f"It is in {found or 'none'}, not in {wanted}.",
+            resolution="Nothing but mvm may move its processes: see what else manages mvm.slice.",
+        )
+
+
 @cache
 def groups(root: Path) -> Groups:
     """Those of this host that belong to the state root."""
@@ -175,17 +190,7 @@ class Groups:
 
     def verify(self, vm_name: str, pid: int) -> None:
         """VmmError unless the process is in that group, and the limits are in force."""
-        try:
-            found = membership(Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii", errors="replace"))
-        except OSError as error:
-            raise VmmError("the VMM ended at once", details=str(error)) from error
-        wanted = f"/{SLICE}/{self.leaf(vm_name).name}"
-        if found != wanted:
-            raise VmmError(
-                "the VMM is not in its control group",
-                details=f"It is in {found or 'none'}, not in {wanted}.",
-                resolution="Nothing but mvm may move its processes: see what else manages mvm.slice.",
-            )
+        require_member(self.leaf(vm_name), pid)
         try:
             self.read(vm_name)
         except (OSError, ValueError, KeyError) as error:

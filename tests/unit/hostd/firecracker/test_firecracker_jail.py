@@ -9,7 +9,7 @@ import pytest
 from mvm.core.errors import MissingPrerequisite
 from mvm.hostd.vmm.driver import Drive, Machine, Nic
 from mvm.hostd.vmm.firecracker.exits import describe
-from mvm.hostd.vmm.firecracker.guard import cgroup_of, unfiltered
+from mvm.hostd.vmm.firecracker.guard import unfiltered
 from mvm.hostd.vmm.firecracker.jail import Programs, command, instance_name, jail
 
 PROGRAMS = Programs(Path("/opt/fc/firecracker"), Path("/opt/fc/jailer"))
@@ -77,23 +77,23 @@ def test_ends_are_told_in_words() -> None:
     assert "SIGSEGV" in describe(signal.SIGSEGV)
 
 
+SETS = "".join(f"Cap{kind}:\t0000000000000000\n" for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+
+
 @pytest.mark.req("H6")
 def test_every_thread_has_to_have_a_filter() -> None:
-    good = "Name:\tfc_vcpu 0\nNoNewPrivs:\t1\nSeccomp:\t2\n"
+    good = f"Name:\tfc_vcpu 0\n{SETS}NoNewPrivs:\t1\nSeccomp:\t2\n"
     assert unfiltered({1: good, 2: good}) == []
     for bad in (good.replace("2\n", "0\n"), good.replace("1\n", "0\n"), "Name:\tfc_api\n"):
         assert len(unfiltered({1: good, 2: bad})) == 1
+    forged = good.replace("fc_vcpu 0", "\x1cSeccomp:\t2").replace("\nSeccomp:\t2", "\nSeccomp:\t0")
+    assert len(unfiltered({1: forged + "Name:\t\x1cSeccomp:\t2\n"})) == 1, "a name is no field"
 
 
 @pytest.mark.req("H6")
 def test_a_filter_that_the_daemon_gave_it_is_not_its_own() -> None:
-    inherited = "Name:\tfc_api\nNoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n"
+    inherited = f"Name:\tfc_api\n{SETS}NoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n"
     own = inherited.replace("filters:\t1", "filters:\t2")
     assert unfiltered({1: own, 2: own}, inherited=1) == []
     assert len(unfiltered({1: own, 2: inherited}, inherited=1)) == 1
     assert unfiltered({1: inherited}, inherited=0) == []
-
-
-def test_the_control_group_of_a_process() -> None:
-    assert cgroup_of("12:pids:/x\n0::/mvm.slice/mvm-instances/a\n") == "/mvm.slice/mvm-instances/a"
-    assert cgroup_of("12:pids:/x\n") == ""

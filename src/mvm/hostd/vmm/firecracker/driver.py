@@ -24,10 +24,10 @@ from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import ArtifactHash, Fingerprint
 from mvm.core.spec import SeccompPolicy
 from mvm.hostd.keeper import Program, launch
+from mvm.hostd.resources import cgroup
 from mvm.hostd.vmm.driver import Capabilities, Drive, GuestMemory, Machine, Wants
 from mvm.hostd.vmm.firecracker import jail, programs
 from mvm.hostd.vmm.firecracker import requests as rq
-from mvm.hostd.vmm.firecracker.guard import require_cgroup
 from mvm.hostd.vmm.firecracker.probe import PROBE_MIB, probe, probe_machine
 from mvm.hostd.vmm.firecracker.version import Version, caution, features
 from mvm.hostd.vmm.firecracker.vm import CALL_S, LOG_FILE, SAVED_FILE, UNFILTERED_FILE, FirecrackerVm
@@ -206,7 +206,7 @@ class FirecrackerDriver:
         try:
             vm.await_api()
             if machine.cgroup is not None:
-                require_cgroup(vmm.pid, machine.cgroup)
+                cgroup.require_member(machine.cgroup, vmm.pid)
         except BaseException:
             vm.stop(0)
             raise

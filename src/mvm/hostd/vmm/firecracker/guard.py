@@ -11,21 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mvm.core.errors import VmmError
-
-
-def parse_status(text: str) -> dict[str, str]:
-    """/proc/<pid>/status as name -> value."""
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name: value.strip() for name, _, value in pairs}
+from mvm.linux import capabilities
 
 
 def filters(status: str) -> int:
-    """How many seccomp filters a thread has, by its status file; kernels before 5.9 tell only that there is one."""
-    found = parse_status(status)
-    if found.get("Seccomp") != "2":
+    """How many seccomp filters a thread has, by its status file; 0 if that cannot be read."""
+    try:
+        return capabilities.parse_status(status).filters
+    except (KeyError, ValueError):
         return 0
-    count = found.get("Seccomp_filters", "")
-    return int(count) if count.isdigit() else 1
 
 
 def unfiltered(statuses: Mapping[int, str], inherited: int = 0) -> list[str]:
@@ -36,12 +30,16 @@ def unfiltered(statuses: Mapping[int, str], inherited: int = 0) -> list[str]:
     """
     found = []
     for thread, text in sorted(statuses.items()):
-        status = parse_status(text)
-        own, privileges = filters(text) - inherited, status.get("NoNewPrivs", "?")
-        if own <= 0 or privileges != "1":
+        try:
+            status = capabilities.parse_status(text)
+        except (KeyError, ValueError):
+            found.append(f"thread {thread}: its status cannot be read")
+            continue
+        own = status.filters - inherited
+        if own <= 0 or not status.no_new_privs:
             found.append(
-                f"{status.get('Name', thread)}: Seccomp {status.get('Seccomp', '?')}, {max(own, 0)} of its own, "
-                f"NoNewPrivs {privileges}"
+                f"thread {thread}: Seccomp {status.seccomp}, {max(own, 0)} of its own, "
+                f"NoNewPrivs {int(status.no_new_privs)}"
             )
     return found
 
@@ -66,20 +64,3 @@ def _threads(pid: int) -> Iterator[int]:
         yield from (int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError):
         return
-
-
-def cgroup_of(text: str) -> str:
-    """The control group (v2) of /proc/<pid>/cgroup, "" if there is none."""
-    return next((line[3:] for line in text.splitlines() if line.startswith("0::")), "")
-
-
-def require_cgroup(pid: int, wanted: Path) -> None:
-    """VmmError unless the process is in the group `wanted`, a directory below /sys/fs/cgroup."""
-    try:
-        found = cgroup_of(Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace"))
-    except (FileNotFoundError, ProcessLookupError):
-        raise VmmError("Firecracker is gone", details=f"Process {pid} has ended.") from None
-    if f"/sys/fs/cgroup{found}" != str(wanted):
-        raise VmmError(
-            "Firecracker is not in its control group", details=f"It is in {found or 'none'}, not in {wanted}."
-        )
