@@ -17,7 +17,7 @@ from tests.support.world import FAKE_FILES, World, network_namespace
 
 from mvm.core import revision as revisions
 from mvm.core.plan import InstancePlan
-from mvm.hostd.guest_channel.vsock import vsock_path
+from mvm.hostd import jailed_run
 from mvm.hostd.vmm.driver import GuestMemory, Machine, Vm
 from mvm.hostd.vmm.firecracker.driver import FirecrackerDriver
 from mvm.hostd.vmm.firecracker.vm import FirecrackerVm
@@ -55,7 +55,9 @@ class FirecrackerWorld(World):
 
     def guest(self, plan: InstancePlan) -> Probe:
         """What a test does inside the guest of the fake."""
-        return Probe(vsock_path(self.paths(plan).runtime))
+        place = jailed_run.find(self.paths(plan).runtime)
+        assert place is not None
+        return Probe(Path(f"/proc/{place.process.pid}/root/run/vsock.sock"))
 
 
 class GuestProbe:

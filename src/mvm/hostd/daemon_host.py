@@ -10,10 +10,10 @@ from mvm.core.ids import InstanceId
 from mvm.core.lifecycle import Action, State, command_for
 from mvm.core.plan import InstancePlan, check_plan
 from mvm.core.record import InstanceRecord
-from mvm.hostd import net_policy
+from mvm.hostd import jailed_run, net_policy
 from mvm.hostd.assembly import load_revision, verify_artifacts
 from mvm.hostd.guest_channel import PortLease, acquire_session_port
-from mvm.hostd.guest_channel.vsock import ask_vsock, vsock_path
+from mvm.hostd.guest_channel.vsock import ask_vsock
 from mvm.hostd.host import Host
 from mvm.hostd.resources import network, volume
 from mvm.linux import netlink as nl
@@ -89,10 +89,9 @@ class DaemonHost(Host):
         if record.state is not State.RUNNING or record.process is None or not pidfd.is_alive(record.process):
             raise _not_running(record)
         lease = acquire_session_port(self._store.instance_paths(instance).runtime)
-        vsock = vsock_path(lease.socket.parent)
-        by_vsock = os.path.lexists(vsock)
+        vsock = jailed_run.find(lease.socket.parent)
         try:
-            sock = ask_vsock(vsock, VSOCK_PORT, 0) if by_vsock else connect_unix(lease.socket, 0)
+            sock = connect_unix(lease.socket, 0) if vsock is None else ask_vsock(vsock, VSOCK_PORT, 0)
             sock.setblocking(True)
         except BaseException as error:
             lease.release(clean=lease.was_clean)  # not a byte was sent
@@ -109,7 +108,7 @@ class DaemonHost(Host):
                     resolution="see whether the instance runs (mvm instance list)",
                 ) from None
             raise
-        return lease, sock, by_vsock
+        return lease, sock, vsock is not None
 
 
 def _not_running(record: InstanceRecord) -> Conflict:

@@ -68,6 +68,13 @@ class Copy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: int = 0o400
 
 
+class Room(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much a jail's own memory holds: bytes of files, and names (directories and mount points count)."""
+
+    size: int = 16 << 20
+    names: int = 1024
+
+
 class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`devices`: paths below /dev, bound writable at the same path. `root`: an empty directory of root's.
     `required`: where the kernel refuses, whether that is an error; else the program runs without, and says so.
@@ -80,6 +87,7 @@ class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     namespaces: frozenset[str] = frozenset({"mount", "net", "ipc", "uts", "pid"})
     proc: bool = False
     pivot: bool = True
+    room: Room = Room()
     required: bool = True
 
     def __post_init__(self) -> None:
@@ -146,7 +154,8 @@ def prepare(jail: Jail) -> None:
         mount.mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
         # A program that pivots by itself makes its device files and puts its code there.
         flags = mount.MS_NOSUID | (mount.MS_NODEV | mount.MS_NOEXEC if jail.pivot else 0)
-        mount.mount("mvm-jail", jail.root, "tmpfs", flags, "mode=0755")
+        room = f"size={jail.room.size},nr_inodes={jail.room.names}"
+        mount.mount("mvm-jail", jail.root, "tmpfs", flags, f"mode=0755,{room}")
         for bind, tree, attributes in trees:
             target = f"{jail.root}{bind.target}"
             _make_place(target, folder=stat.S_ISDIR(_kind(tree)))

@@ -20,6 +20,7 @@ from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan
 from mvm.hostd import keeper
 from mvm.hostd.vmm.driver import Machine
+from mvm.hostd.vmm.firecracker import jail
 from mvm.hostd.vmm.firecracker import vm as vms
 from mvm.hostd.vmm.firecracker.driver import Filter
 from mvm.linux.process import run
@@ -419,3 +420,24 @@ def test_a_taken_over_vmm_cannot_open_what_gets_its_disks_number_next(
             assert disk.exists(), "the number would be free for another disk"
             host.sleep_instance(plan.instance)
             assert not disk.exists()
+
+
+@pytest.mark.req("H4", "L7")
+@pytest.mark.parametrize("path", ["/", "/run"])
+def test_a_taken_over_vmm_fills_its_jail_and_not_the_host(world: FirecrackerWorld, path: str) -> None:
+    plan, host = world.plan(), world.host()
+    host.create_instance(plan)
+    base = world.paths(plan).base
+    for entry in base.rglob("*"):
+        assert not entry.is_dir() or entry.stat().st_uid == 0, f"{entry} is the VMM's"
+    names = sorted(base.rglob("*"))
+    guest = world.guest(plan)
+    try:
+        found = guest.ask("fill", path=path)
+    finally:
+        guest.close()
+    assert found["made"] < jail.ROOM_FILES
+    assert found["written"] < jail.ROOM_BYTES
+    assert sorted(base.rglob("*")) == names
+    host.stop_instance(plan.instance)
+    world.assert_nothing_runs(plan)

@@ -270,6 +270,27 @@ class Guest:
             return {"closed": closed, "errno": error.errno}
         return {"closed": closed, "errno": 0}
 
+    def do_fill(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As a guest that has broken out would: directories in directories of `path`, and a file, to the last byte."""
+        made, written = 0, 0
+        try:
+            os.chdir(request["path"])
+            while made < 1000:
+                os.mkdir("deeper")
+                os.chdir("deeper")
+                made += 1
+        except OSError:
+            pass
+        finally:
+            os.chdir("/")
+        try:
+            with open(f"{request['path']}/log.1", "wb", buffering=0) as file:
+                while written < 1 << 30:
+                    written += file.write(b"\1" * (1 << 20))
+        except OSError:
+            pass
+        return {"made": made, "written": written}
+
     def do_exit(self, request: dict[str, Any]) -> dict[str, Any]:
         """The guest reboots (0), or the VMM fails with `code`."""
         self._ended(request["code"])

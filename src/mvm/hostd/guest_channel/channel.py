@@ -25,12 +25,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mvm.core.errors import GuestError
+from mvm.hostd import jailed_run
 from mvm.hostd.guest_channel.exec_operation import ExecOperation, Sink, Source
 from mvm.hostd.guest_channel.extract import CopyLimits, Extractor, ReceiveOperation, destination
 from mvm.hostd.guest_channel.operation import Operation
 from mvm.hostd.guest_channel.ports import PortLease, take_port
 from mvm.hostd.guest_channel.send import SendOperation, TreeSource
-from mvm.hostd.guest_channel.vsock import await_vsock, connect_vsock, vsock_path
+from mvm.hostd.guest_channel.vsock import await_vsock, connect_vsock
 from mvm.linux.files import temporary_beside
 from mvm.linux.sockets import connect_unix
 from mvm.wire import framing, guest_api, guest_session
@@ -58,16 +59,15 @@ def connect(
     if lease is None and lock_path is not None:
         lease = take_port(lock_path)
     try:
-        vsock = vsock_path(socket_path.parent)
-        by_vsock = os.path.lexists(vsock)
+        vsock = jailed_run.find(socket_path.parent)
         try:
-            if by_vsock:
+            if vsock is not None:
                 sock = connect_vsock(vsock, framing.VSOCK_PORT, deadline)
             else:
                 sock = connect_unix(socket_path, max(0.01, deadline - time.monotonic()))
         except OSError as error:
             raise _unreachable(socket_path.name, error) from None
-        return GuestChannel(sock, lease, boundaries=by_vsock)
+        return GuestChannel(sock, lease, boundaries=vsock is not None)
     except BaseException:
         if lease is not None:
             # Not a byte was sent: the port is as it was.

@@ -1,39 +1,31 @@
 """The guest's agent through a VMM's vsock socket: `CONNECT <port>`, `OK <n>`, and then it is a stream like any other.
 
-The VMM listens for all of a guest's ports on one socket (`vmm/vsock.sock` in the runtime directory), in a directory
-that is its uid's. Every connection is a new one to the guest, with boundaries of its own, so nothing of an earlier
-client can be on it. A port that nobody listens on, and a guest that is too busy to be asked, look the same: the
-connection closes.
+The VMM listens for all of a guest's ports on one socket, `/run/vsock.sock` in its jail (`mvm.hostd.jailed_run`). Every
+connection is a new one to the guest, with boundaries of its own, so nothing of an earlier client can be on it. A port
+that nobody listens on, and a guest that is too busy to be asked, look the same: the connection closes.
 
 The answer is read byte by byte: what follows its line is the guest's already.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-from pathlib import Path
 from typing import Final
 
-from mvm.linux.sockets import connect_owned
+from mvm.hostd.jailed_run import Place
 
+SOCKET: Final = "vsock.sock"
 _LINE_MAX: Final = 32
 
 
-def vsock_path(runtime: Path) -> Path:
-    """The socket of the VMM that runs there, if that VMM has vsock."""
-    return runtime / "vmm" / "vsock.sock"
-
-
-def ask_vsock(path: Path, port: int, timeout: float) -> socket.socket:
+def ask_vsock(vmm: Place, port: int, timeout: float) -> socket.socket:
     """Connected to the VMM and `port` of the guest asked for; what the VMM says to that is read by `await_vsock`.
 
     `timeout`: 0 never waits (BlockingIOError if the VMM takes no more connections). OSError if there is no VMM,
     IntegrityError if what is there is not the VMM's socket.
     """
-    owner = os.stat(path.parent, follow_symlinks=False).st_uid
-    sock = connect_owned(path, owner, timeout)
+    sock = vmm.connect(SOCKET, timeout)
     try:
         sock.sendall(b"CONNECT %d\n" % port)
     except BaseException:
@@ -56,9 +48,9 @@ def await_vsock(sock: socket.socket, deadline: float) -> None:
         raise ConnectionRefusedError(111, f"the VMM answers {line!r}")
 
 
-def connect_vsock(path: Path, port: int, deadline: float) -> socket.socket:
+def connect_vsock(vmm: Place, port: int, deadline: float) -> socket.socket:
     """Connected to `port` of the guest; raises what the two steps raise."""
-    sock = ask_vsock(path, port, _left(deadline))
+    sock = ask_vsock(vmm, port, _left(deadline))
     try:
         await_vsock(sock, deadline)
     except BaseException:

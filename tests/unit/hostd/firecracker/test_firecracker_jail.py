@@ -47,18 +47,19 @@ def test_what_is_in_the_jail() -> None:
     made = jail(PROGRAMS, MACHINE, Path("/i/jail"), None)
     top = "/firecracker/acme--default-0/root"
     assert {(bind.target.removeprefix(top), bind.read_only) for bind in made.binds} == {
-        ("/run", False), ("/vmlinux", True), ("/initrd", True), ("/rootfs", True),
+        ("/run/log", False), ("/run/metrics", False), ("/vmlinux", True), ("/initrd", True), ("/rootfs", True),
     }  # fmt: skip
     assert {(copy.target.removeprefix(top), copy.mode, copy.uid) for copy in made.copies} == {
         ("/data", 0o600, MACHINE.uid), ("/secrets", 0o400, MACHINE.uid),
     }  # fmt: skip
     assert not made.pivot
+    assert made.room.size <= 64 << 20, "it is the host's memory"
     assert made.required
 
 
 def test_a_woken_guest_gets_its_memory_and_no_kernel() -> None:
     targets = {Path(bind.target).name for bind in jail(PROGRAMS, MACHINE, Path("/i/jail"), 5).binds}
-    assert targets == {"run", "memory", "rootfs"}
+    assert targets == {"log", "metrics", "memory", "rootfs"}
 
 
 def test_an_encrypted_disk_without_dm_crypt_is_refused_with_the_way_on() -> None:

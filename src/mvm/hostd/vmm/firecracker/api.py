@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from mvm.core.errors import VmmError
+from mvm.hostd.jailed_run import Place
 from mvm.hostd.vmm.firecracker.http import Reader, Response, render
 from mvm.hostd.vmm.firecracker.requests import GET_INSTANCE, Call
-from mvm.linux.sockets import connect_owned
 
 _RECEIVE = 1 << 16
 
@@ -41,11 +40,11 @@ class Gone(VmmError):
 
 
 class Api:
-    """The API at the socket `path`, which must be `uid`'s. Connects at the first call."""
+    """The API at the socket `name` of a VMM. Connects at the first call."""
 
-    def __init__(self, path: Path, uid: int) -> None:
-        self._path = path
-        self._uid = uid
+    def __init__(self, vmm: Place, name: str) -> None:
+        self._vmm = vmm
+        self._name = name
         self._socket: socket.socket | None = None
         self._reader = Reader()
 
@@ -92,7 +91,7 @@ class Api:
             raise _late(call, timeout) from error
         except OSError as error:
             self.close()
-            raise Gone(f"Firecracker is gone: {call}", details=f"{self._path}: {error}") from error
+            raise Gone(f"Firecracker is gone: {call}", details=f"{self._name}: {error}") from error
         except VmmError:
             # An answer may still come, and would be taken for that to the next request.
             self.close()
@@ -101,7 +100,7 @@ class Api:
     def _connected(self, deadline: float) -> socket.socket:
         if self._socket is None:
             self._reader = Reader()
-            self._socket = connect_owned(self._path, self._uid, max(0.001, deadline - time.monotonic()))
+            self._socket = self._vmm.connect(self._name, max(0.001, deadline - time.monotonic()))
         return self._socket
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from mvm.core.errors import MissingPrerequisite, Refused, VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.core.snapshot import ArtifactHash, Fingerprint
 from mvm.core.spec import SeccompPolicy
+from mvm.hostd import jailed_run
 from mvm.hostd.keeper import Program, launch
 from mvm.hostd.resources import cgroup
 from mvm.hostd.vmm.driver import Capabilities, Drive, GuestMemory, Machine, Wants
@@ -155,12 +156,11 @@ class FirecrackerDriver:
     ) -> FirecrackerVm:
         if not is_alive(identity):
             raise VmmError(f"the VMM of {machine_name} is gone", details=f"Process {identity.pid}.")
-        try:
-            uid = os.stat(runtime / jail.RUN, follow_symlinks=False).st_uid
-        except FileNotFoundError:
-            raise VmmError(f"the VMM of {machine_name} has no sockets", details=str(runtime)) from None
+        place = jailed_run.find(runtime)
+        if place is None:
+            raise VmmError(f"the VMM of {machine_name} has no sockets", details=str(runtime))
         known = features(Version(*self.facts().version))
-        return FirecrackerVm(identity, None, mem_mib << 20, runtime, uid, known)
+        return FirecrackerVm(identity, None, mem_mib << 20, runtime, place.uid, known)
 
     def _launch(self, machine: Machine, memory: GuestMemory | None) -> FirecrackerVm:
         if machine.jail is None:
@@ -205,6 +205,7 @@ class FirecrackerDriver:
         )  # fmt: skip
         try:
             vm.await_api()
+            jailed_run.note(machine.runtime, jailed_run.Place(vmm, machine.uid))
             if machine.cgroup is not None:
                 cgroup.require_member(machine.cgroup, vmm.pid)
         except BaseException:
@@ -241,11 +242,11 @@ def _hold(drive: Drive, opened: ExitStack) -> int:
 
 
 def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:
-    """The directory that is `/run` in the jail, without anything of an earlier life; descriptors of pipes -> logs.
+    """The directory of the pipes that are bound into the jail, without anything of an earlier life.
 
-    It is the jailer that gives it to the uid.
+    Returns descriptors of pipes -> logs.
     """
-    run = machine.runtime / jail.RUN
+    run = machine.runtime / jailed_run.FOLDER
     remove_tree(run)
     for stale in (UNFILTERED_FILE, SAVED_FILE):
         (machine.runtime / stale).unlink(missing_ok=True)
@@ -255,7 +256,7 @@ def _make_run(machine: Machine, opened: ExitStack) -> dict[int, Path]:
     for name, log in wanted:
         os.mkfifo(run / name, 0o600)
         os.chown(run / name, machine.uid, machine.gid, follow_symlinks=False)
-        # For writing too, so that it is never at its end; opened before the VMM can put something else there.
+        # For writing too, so that it is never at its end.
         fd = os.open(run / name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         opened.callback(os.close, fd)
         found[fd] = machine.runtime / log

@@ -5,14 +5,15 @@
         data                          a node of the data disk's own device, until the VMM has opened it
         secrets                       a copy of the secrets disk
         memory                        the pager's file, for a wake
-        run/                          `<runtime>/vmm` of the host, so that the host sees the sockets and pipes in it
-            api.sock, vsock.sock      made by the VMM
-            log, metrics              pipes, read by the keeper
+        run/
+            api.sock, vsock.sock      made by the VMM, reached by `mvm.hostd.jailed_run`
+            log, metrics              pipes, read by the keeper; bound from `<runtime>/vmm`, which the VMM has not
         snapshot                      the device state to load; snapshot.new: the one that was saved
 
 A jail is made for one start or one wake and never used again. It is in a mount namespace of the jailer's own, so it is
 gone with the VMM, by whatever hand. `root` stays empty on the host. The VMM's uid may make any name in its root and in
-`run`: whoever follows one from outside does not follow links.
+`run`: whoever follows one from outside does not follow links. There is room for ROOM_BYTES and ROOM_FILES of them; they
+count as the VMM's memory, and none is on the host's disk.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ import msgspec
 
 from mvm.core.errors import MissingPrerequisite
 from mvm.core.fc_config import FcPaths
-from mvm.hostd.jail import Bind, Copy, Jail
+from mvm.hostd.guest_channel import vsock
+from mvm.hostd.jail import Bind, Copy, Jail, Room
+from mvm.hostd.jailed_run import FOLDER
 from mvm.hostd.vmm.driver import Drive, Machine
 
 EXECUTABLE: Final = "firecracker"
-RUN: Final = "vmm"
-"""The directory of the VMM's uid in the instance's runtime directory."""
-API, VSOCK, LOG, METRICS = "api.sock", "vsock.sock", "log", "metrics"
+ROOM_BYTES: Final = 64 << 20
+"""Of the jail: the program (4 MB), the secrets disk, a device state to load and one that was saved (10 MB each)."""
+ROOM_FILES: Final = 128
+API, VSOCK, LOG, METRICS = "api.sock", vsock.SOCKET, "log", "metrics"
 MEMORY: Final = "/memory"
 STATE_IN, STATE_OUT = "snapshot", "snapshot.new"
 FILTER: Final = "/seccomp.bpf"
@@ -79,7 +83,10 @@ def _cgroup(machine: Machine) -> Sequence[str]:
 def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -> Jail:
     """`memory`: a descriptor of the guest's memory, for a wake. MissingPrerequisite for a disk it cannot open."""
     top = f"/{programs.firecracker.name}/{instance_name(machine)}/root"
-    binds = [Bind(str(machine.runtime / RUN), f"{top}/run", read_only=False)]
+    binds = [
+        Bind(str(machine.runtime / FOLDER / name), f"{top}/run/{name}", read_only=False)
+        for name in (LOG, METRICS)
+    ]
     copies: list[Copy] = []
     if memory is None:
         binds += [
@@ -107,6 +114,7 @@ def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -
         # Not `net`: taps are opened by name, on the host's bridges. `pid` is the keeper's and the VMM's in common.
         namespaces=frozenset({"mount"}),
         pivot=False,
+        room=Room(ROOM_BYTES, ROOM_FILES),
     )
 
 

@@ -24,6 +24,7 @@ from mvm.core.errors import VmmError
 from mvm.core.record import ProcessIdentity
 from mvm.hostd import keeper as keepers
 from mvm.hostd.bounded_log import tail
+from mvm.hostd.jailed_run import Place
 from mvm.hostd.vmm.firecracker import jail, memory
 from mvm.hostd.vmm.firecracker import requests as rq
 from mvm.hostd.vmm.firecracker.api import Api, Refused
@@ -71,7 +72,7 @@ class FirecrackerVm:
         self._known = known
         self._strict = strict
         self._nodes = nodes
-        self._api = Api(runtime / jail.RUN / jail.API, uid)
+        self._api = Api(Place(vmm, uid), jail.API)
 
     @property
     def _saved(self) -> Path:
@@ -88,26 +89,22 @@ class FirecrackerVm:
     def await_api(self) -> None:
         """Return when the API answers. VmmError if the process ends first, or after READY_S."""
         deadline = time.monotonic() + READY_S
-        while not (self._runtime / jail.RUN / jail.API).is_socket():
-            if not self.is_alive():
-                raise self._ended(VmmError("Firecracker did not start"))
-            if time.monotonic() > deadline:
-                raise VmmError(
-                    "Firecracker's API socket did not appear",
-                    details="\n".join(filter(None, [f"Waited {READY_S:g} s.", self._words()])),
-                    resolution=f"See {self._runtime / 'logs'}.",
-                )
-            time.sleep(0.001)
         while True:
             try:
                 self._api.state(timeout=max(0.1, deadline - time.monotonic()))
                 return
             except VmmError as error:
-                # Bound, but not listening yet.
+                # There is no socket yet, or it does not listen yet.
                 if not self.is_alive():
-                    raise self._ended(error) from error
+                    raise self._ended(VmmError("Firecracker did not start")) from error
                 if time.monotonic() > deadline:
-                    raise
+                    raise VmmError(
+                        "Firecracker's API does not answer",
+                        details="\n".join(
+                            filter(None, [f"Waited {READY_S:g} s.", error.details, self._words()])
+                        ),
+                        resolution=f"See {self._runtime / 'logs'}.",
+                    ) from error
                 time.sleep(0.001)
 
     def ask(self, call: rq.Call, *, timeout: float = CALL_S) -> None:
