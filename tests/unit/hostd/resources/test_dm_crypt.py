@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from mvm.core import limits
+from mvm.core.errors import MissingPrerequisite
 from mvm.core.ids import InstanceId
 from mvm.hostd.install import units
 from mvm.hostd.resources import dm_crypt, udev, volume
+from mvm.linux import process
 from mvm.linux.device_mapper import NAME_MAX, Device
 
 ACME = InstanceId("acme", "default", 0)
@@ -87,3 +89,66 @@ def test_the_rules_that_are_shipped_are_those_that_mvm_writes() -> None:
     assert [line for line in text.splitlines() if not line.startswith("#")] == [udev.RULES]
     (place,) = [f.target for f in units.FILES if f.source == udev.NAME]
     assert str(place) == f"{udev.FOLDERS[0]}/{udev.NAME}"
+
+
+class Udev:
+    """`/etc`, `/run` and `/usr/lib` below a directory, and how often udev was told to read them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.etc, self.run, self.lib = (str(folder / name) for name in ("etc", "run", "lib"))
+        for name in (self.etc, self.lib):
+            Path(name).mkdir()
+        self.told = 0
+        monkeypatch.setattr(udev, "FOLDERS", (self.etc, self.run, self.lib))
+        monkeypatch.setattr(udev, "_WRITABLE", self.run)
+        monkeypatch.setattr(udev, "_CONTROL", str(folder))
+        monkeypatch.setattr(process, "run", self._tell)
+
+    def _tell(self, *_: object, **__: object) -> None:
+        self.told += 1
+
+    def put(self, folder: str, text: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / udev.NAME).write_text(text)
+
+
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Udev:
+    return Udev(tmp_path, monkeypatch)
+
+
+@pytest.mark.req("H4")
+def test_rules_that_say_what_ours_do_are_left(rules: Udev) -> None:
+    rules.put(rules.etc, f"# by hand\n\n{udev.RULES}\n")
+    rules.put(rules.lib, "")
+    udev.keep_out()
+    assert rules.told == 0
+    assert not Path(rules.run).exists()
+
+
+@pytest.mark.req("H4")
+@pytest.mark.parametrize(
+    "text", [None, "", "# ours\n", udev.RULES + "\n" + 'SUBSYSTEM=="block"\n', "\0" * 70000]
+)
+def test_what_udev_reads_first_has_to_say_it(rules: Udev, text: str | None) -> None:
+    """An empty file under our name kept everybody but udev out."""
+    if text is not None:
+        rules.put(rules.lib, text)
+        rules.put(rules.run, text)
+    udev.keep_out()
+    assert rules.told == 1
+    assert udev.RULES in (Path(rules.run) / udev.NAME).read_text().splitlines()
+    udev.keep_out()
+    assert rules.told == 1
+
+
+@pytest.mark.req("H4")
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_stands_before_ours_and_says_less_is_refused(rules: Udev, masked: bool) -> None:
+    if masked:
+        (Path(rules.etc) / udev.NAME).symlink_to("/dev/null")
+    else:
+        rules.put(rules.etc, "# nothing\n")
+    rules.put(rules.run, udev.RULES + "\n")
+    with pytest.raises(MissingPrerequisite, match="udev would read"):
+        udev.keep_out()
