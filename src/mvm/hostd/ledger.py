@@ -33,7 +33,7 @@ from mvm.core.record import InstanceRecord, entitled
 from mvm.hostd import keeper, net_policy, sealing
 from mvm.hostd.operations.context import KEPT
 from mvm.hostd.operations.stop import remove_remains
-from mvm.hostd.resources import audit, cgroup, network, volume
+from mvm.hostd.resources import audit, cgroup, dm_crypt, network, volume
 from mvm.hostd.sealing.directory import LATEST
 from mvm.linux import machine
 from mvm.linux import netlink as nl
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     from mvm.hostd.log import Log
     from mvm.hostd.store import Store
 
-_BLOCK = Path("/sys/block")
 _ROUNDS: Final = 4
-_KEEPER: Final = "mvm-keeper"
 
 Observer = Callable[["Store"], Iterator[Seen]]
 
@@ -256,21 +254,12 @@ def cgroups(store: Store) -> Iterator[Seen]:
 
 
 def mappings(store: Store) -> Iterator[Seen]:
-    """Device-mapper devices, from sysfs: the loop device below one names the file it is made from."""
+    """Open data disks, of this root and of others."""
     prefix = os.path.realpath(store.root) + "/"
-    for device in sorted(_BLOCK.glob("dm-*")):
-        try:
-            name = (device / "dm/name").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        if not name.startswith(ledger.MAPPING_PREFIX):
-            continue
-        backing = [
-            os.path.realpath(path.read_text(encoding="utf-8", errors="surrogateescape").strip())
-            for path in device.glob("slaves/*/loop/backing_file")
-        ]
-        below = all(path.startswith(prefix) for path in backing) if backing else None
-        yield Seen(Kind.MAPPING, name, below_root=below)
+    for mapping in dm_crypt.opened():
+        # A file on some disk, as the kernel names it. What lies on a device has nobody's path.
+        told = mapping.image.startswith("/") and not mapping.image.startswith("/dev/")
+        yield Seen(Kind.MAPPING, mapping.name, below_root=mapping.image.startswith(prefix) if told else None)
 
 
 def leavings(store: Store) -> Iterator[Seen]:
@@ -323,6 +312,19 @@ OBSERVERS: dict[str, Observer] = {
     "files": leavings,
     "rules": rules,
 }
+_OBSERVER: Final = {
+    Kind.PROCESS: "processes",
+    Kind.MOUNT: "mounts",
+    Kind.MAPPING: "mappings",
+    Kind.CGROUP: "cgroups",
+    Kind.TAP: "links",
+    Kind.BRIDGE: "links",
+    Kind.RUNTIME: "files",
+    Kind.FILE: "files",
+    Kind.REMAINS: "files",
+    Kind.RULES: "rules",
+}
+"""Who would have seen it."""
 
 
 # Effects. Each returns whether the thing is gone.
@@ -337,7 +339,10 @@ def _undo(store: Store, action: Undo) -> bool:
             for lock in _locks(store, action):
                 held.enter_context(lock)
             # A command may have begun since: what it has written down is there to read under its lock.
-            if action not in ledger.reconcile(read(store), observe(store)[0]):
+            seen, blind = observe(store)
+            if action not in ledger.reconcile(read(store), seen):
+                if unseen := [text for text in blind if text.startswith(f"{_OBSERVER[action.kind]}: ")]:
+                    raise Conflict(f"it could not be looked at again: {unseen[0]}")
                 return True
             UNDO[action.kind](store, action.name)
     except Busy:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ from tests.support.fake_world import FakeWorld
 from mvm.core import addressing
 from mvm.core.errors import Conflict, NotFound
 from mvm.core.ids import TenantId
-from mvm.core.ledger import Foreign, Kind, Lacks
+from mvm.core.ledger import Foreign, Kind, Lacks, Seen
+from mvm.hostd import ledger
 from mvm.hostd.ledger import recover_node, survey
 from mvm.hostd.resources import network, volume
+from mvm.hostd.store import Store
+from mvm.linux import device_mapper
 from mvm.linux import netlink as nl
+from mvm.linux.device_mapper import Device
 
 pytestmark = pytest.mark.root
 
@@ -160,6 +165,56 @@ def test_half_written_files_are_removed(world: FakeWorld) -> None:
     assert not empty.exists()
     assert paths.data_disk.exists()
     assert recover_node(world.store).clean
+
+
+@pytest.mark.req("L3")
+def test_what_cannot_be_looked_at_again_is_not_called_undone(
+    world: FakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (index,) = give_out(world, "acme")
+    bridge, looks = addressing.bridge_name(index), 0
+    network.ensure_bridge(network.BridgeSpec(bridge, addressing.gateway(index), 24))
+    real = ledger.OBSERVERS["links"]
+
+    def sees_once(store: Store) -> Iterator[Seen]:
+        nonlocal looks
+        looks += 1
+        if looks > 1:
+            raise OSError("no socket")
+        return real(store)
+
+    monkeypatch.setitem(ledger.OBSERVERS, "links", sees_once)
+    report = recover_node(world.store)
+    assert report.undone == []
+    assert [(a.kind, a.name) for a, _ in report.failed] == [(Kind.BRIDGE, bridge)]
+    assert report.blind == ["links: no socket"]
+    assert world.links() == {bridge}
+    monkeypatch.setitem(ledger.OBSERVERS, "links", real)
+    assert [a.name for a in recover_node(world.store).undone] == [bridge]
+
+
+@pytest.mark.req("L7", "K1")
+def test_mappings_are_told_by_the_file_below(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(name: str, below: str, kind: str = "CRYPT-LUKS2-") -> Device:
+        return Device(name, f"{kind}{'0' * 32}-{name}", "/dev/dm-0", (below,) if below else ())
+
+    root = world.store.root
+    there = [
+        device("mvm-a--x-0", f"{root}/tenants/a/instances/x-0/volumes/data.img"),
+        device("mvm-b--x-0", f"{root}/tenants/b/instances/x-0/volumes/data.img (deleted)"),
+        device("mvm-c--x-0", "/srv/other/data.img"),
+        device("mvm-d--x-0", "/dev/sda3"),
+        device("mvm-e--x-0", ""),
+        device("mvm-swap", "/dev/sda4", "LVM-"),  # somebody's volume group of our name
+    ]
+    monkeypatch.setattr(device_mapper, "devices", lambda: there)
+    assert list(ledger.mappings(world.store)) == [
+        Seen(Kind.MAPPING, "mvm-a--x-0", below_root=True),
+        Seen(Kind.MAPPING, "mvm-b--x-0", below_root=True),
+        Seen(Kind.MAPPING, "mvm-c--x-0", below_root=False),
+        Seen(Kind.MAPPING, "mvm-d--x-0"),
+        Seen(Kind.MAPPING, "mvm-e--x-0"),
+    ]
 
 
 @pytest.mark.req("L3", "K1")
