@@ -68,7 +68,8 @@ Standard error can also have lines `{"warning":"..."}`, `{"progress":"..."}` and
 | `audit verify` | `tenant`, `ok`, `entries`, `head`, or `problem` and `details` |
 | `node info` | `node_id`, `root`, `host`, `tools`, `nft`, `vmm`, `key_provider`, `key_warning`, `networks`, \
 `instances`, `unseen` |
-| `doctor` | `id`, `what`, `result` (`ok`, `warning`, `fail`, `n/a`), `seen`, `fix` |
+| `doctor` | `id`, `what`, `result` (`ok`, `warning`, `fail`, `n/a`), `seen`, `fix`; with `--repair` \
+first `undone` (`kind`, `name`, `why`) |
 | `net verify` | one for each `kind`: `difference` (`where`, `what`, `fix`), `probe` (`instance`, `probe`, `ok`, \
 `must`, `seen`), \
 `summary` (`ok`, `tenants`, `running`, `differences`, `probes`, `failed`) |

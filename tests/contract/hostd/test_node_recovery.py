@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import struct
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from tests.support.fake_world import FakeWorld
 
+from mvm.cli.root import root
 from mvm.core import addressing
 from mvm.core.errors import Conflict, NotFound
 from mvm.core.ids import TenantId
@@ -165,6 +168,33 @@ def test_half_written_files_are_removed(world: FakeWorld) -> None:
     assert not empty.exists()
     assert paths.data_disk.exists()
     assert recover_node(world.store).clean
+
+
+@pytest.mark.req("L3", "L7", "O1")
+def test_without_a_daemon_the_doctor_says_and_undoes_it(world: FakeWorld) -> None:
+    index = give_out(world, "acme", "beta")[1]
+    bridge, half = addressing.bridge_name(index), world.store.root / ".tmp-allocations.json-1"
+    network.ensure_bridge(network.BridgeSpec(bridge, addressing.gateway(index), 24))
+    half.touch()
+    plan = world.plan()
+    assert world.killed_at("intent", lambda host: host.create_instance(plan))
+
+    def doctor(*words: str) -> tuple[str, list[str]]:
+        done = CliRunner().invoke(
+            root, ["--root", str(world.store.root), "doctor", *words, "--output", "json"]
+        )
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        undone = [row["undone"]["name"] for row in rows if "undone" in row]
+        return next(row["seen"] for row in rows if row.get("id") == "leftovers"), undone
+
+    before, none = doctor()
+    assert f"bridge {bridge}: no live instance holds it" in before
+    assert (none, half.exists(), world.links()) == ([], True, {bridge})
+    after, undone = doctor("--repair")
+    assert undone == [bridge, half.name]
+    assert after == "nothing is left over, and nothing is missing"
+    assert (half.exists(), world.links()) == (False, set())
+    assert world.record(plan).pending is None, "a step that was cut short is finished as well"
 
 
 @pytest.mark.req("L3")

@@ -50,14 +50,25 @@ class Acceleration(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Leftovers(msgspec.Struct, frozen=True):
+    """The host compared with the ledger (mvm.hostd.ledger), a sentence each. `undo`: what nobody owns; `left`: what may
+    be somebody else's; `lacks`: what running instances are without; `unseen`: what could not be looked at."""
+
+    undo: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+
+
 class Facts(msgspec.Struct, frozen=True):
-    """Everything the judges look at. `root`: the state root."""
+    """Everything the judges look at. `root`: the state root; `leftovers`: None if nobody looked, and no row then."""
 
     root: str
     host: HostFacts
     tools: dict[str, Tool]
     nft: NftFacts
     accel: Acceleration
+    leftovers: Leftovers | None = None
 
 
 def diagnose(facts: Facts) -> list[Check]:
@@ -244,6 +255,26 @@ def open_to_others(paths: tuple[PathFacts, ...], root: str) -> Iterator[tuple[st
             yield path.path, f"{path.path} has mode {mode}", f"chmod go-w {quoted}"
 
 
+def _leftovers(facts: Facts) -> Iterator[Check]:
+    what, found = "the host has of mvm's what its instances own, and nothing else", facts.leftovers
+    if found is None:
+        return
+    seen = [*found.undo, *found.left, *found.lacks, *found.unseen]
+    if not seen:
+        yield Check("leftovers", what, Result.OK, "nothing is left over, and nothing is missing")
+        return
+    fixes = []
+    if found.undo:
+        fixes.append("mvm doctor --repair")
+    if found.lacks:
+        fixes.append("stop and run again what lacks something")
+    if found.left:
+        fixes.append("see whose it is, and remove it by hand if it is nobody's")
+    if found.unseen:
+        fixes.append("see why that cannot be looked at" if facts.host.root else "sudo mvm doctor")
+    yield Check("leftovers", what, Result.WARNING, "; ".join(seen), "; ".join(fixes))
+
+
 def _programs(facts: Facts) -> Iterator[Check]:
     for name, (_, package, purpose) in PROGRAMS.items():
         tool = facts.tools[name]
@@ -285,5 +316,5 @@ def _clock(facts: Facts) -> Iterator[Check]:
 
 
 _JUDGES: Final[tuple[Callable[[Facts], Iterator[Check]], ...]] = (
-    _kvm, _cpu, _swap, _cgroup, _devices, _nft, _room, _state, _programs, _clock,
+    _kvm, _cpu, _swap, _cgroup, _devices, _nft, _room, _state, _leftovers, _programs, _clock,
 )  # fmt: skip

@@ -7,7 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from mvm.hostd.inspect.doctor import Acceleration, Check, Facts, Result, diagnose, open_to_others
+from mvm.hostd.inspect.doctor import (
+    Acceleration,
+    Check,
+    Facts,
+    Leftovers,
+    Result,
+    diagnose,
+    open_to_others,
+)
 from mvm.hostd.inspect.host import HostFacts, Kvm, PathFacts, SwapFacts
 from mvm.hostd.inspect.tools import OPTIONAL, PROGRAMS, NftFacts, Tool
 
@@ -39,6 +47,21 @@ def by_id(seen: Facts) -> dict[str, Check]:
 @pytest.mark.req("O1")
 def test_a_fit_host_passes_everything() -> None:
     assert {check.result for check in diagnose(facts())} == {Result.OK}
+
+
+@pytest.mark.req("O1", "L3")
+def test_what_is_left_over_comes_with_what_to_do() -> None:
+    assert "leftovers" not in by_id(facts())
+    assert by_id(facts(leftovers=Leftovers()))["leftovers"].result is Result.OK
+    found = by_id(facts(leftovers=Leftovers(undo=("tap mvm-t1s0: nobody's",), lacks=("a lacks b",))))[
+        "leftovers"
+    ]
+    assert found.result is Result.WARNING
+    assert found.seen == "tap mvm-t1s0: nobody's; a lacks b"
+    assert found.fix.startswith("mvm doctor --repair; ")
+    assert "--repair" not in by_id(facts(leftovers=Leftovers(left=("x",), unseen=("y",))))["leftovers"].fix
+    blind = facts(host=msgspec.structs.replace(FIT, root=False), leftovers=Leftovers(unseen=("y",)))
+    assert by_id(blind)["leftovers"].fix == "sudo mvm doctor"
 
 
 WRONG: list[tuple[str, Result, dict[str, Any]]] = [
