@@ -1,8 +1,9 @@
 """The whole campaign in one command; `scripts/campaign --help` says what it takes.
 
     injected       crashes before any effect, on the simulated node           tests/campaign/injected.py
+    then power     before every effect of some operations, then a power loss  tests/campaign/then_power.py
     kills          of a real mvm-hostd with the fake VMM, on this computer    tests/campaign/daemon.py
-    node kills     of the installed mvm-hostd, with real guests               tests/campaign/node.py
+    node kills     of the installed mvm-hostd, with real guests               tests/campaign/node_kills.py
     power losses   of the development node's QEMU process, with real guests   tests/campaign/node.py
 
 After each: no process, tap, bridge, cgroup, mount, mapping, rule or file that no live instance owns; no data lost that
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     gc.freeze()  # every operation of the simulated node is a fork
     parts: list[tuple[str, int, Callable[[], Counter[str]]]] = [
         ("injected crashes", given.injected, lambda: _injected(given.injected, seed)),
+        ("crashes before every effect, then a power loss", int(given.injected > 0), _then_power),
         ("kills of mvm-hostd", given.kills, lambda: _kills(given.kills, seed)),
         (
             "kills and power losses in the node",
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             failed = True
             rows.append(f"FAILED  {name}: {error}")
             continue
-        rows.append(f"passed  {name}: {wanted} asked for, {time.monotonic() - began:.0f} s")
+        rows.append(f"passed  {name}, {time.monotonic() - began:.0f} s")
         rows += [f"        {number:7}  {what}" for what, number in sorted(counts.items())]
     print("\n".join(["", *rows, "", f"{'FAILED' if failed else 'passed'}; repeat with --seed {seed}"]))
     return int(failed)
@@ -70,6 +72,12 @@ def _injected(crashes: int, seed: int) -> Counter[str]:
     )
     counts["crashes in all"] = sum(n for name, n in counts.items() if not name.startswith("done"))
     return counts
+
+
+def _then_power() -> Counter[str]:
+    from tests.campaign.then_power import every_effect
+
+    return Counter({f"effects of a {name}": n for name, n in every_effect(_tell).items()})
 
 
 def _kills(kills: int, seed: int) -> Counter[str]:

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from tests.campaign.kernel import read_disk
 from tests.campaign.simulated import Node, simulated_node
 
+from mvm.core.errors import NotFound
 from mvm.core.ledger import Lacks
 from mvm.core.lifecycle import TRANSITIONS, Action, Forbidden, State, Step
 from mvm.core.plan import InstancePlan
 from mvm.core.record import InstanceRecord, reachable
+from mvm.hostd.admission import all_instances
 from mvm.hostd.host import Host
 from mvm.hostd.ledger import recover_node, survey
 
@@ -258,9 +260,6 @@ def _verb(plan: InstancePlan, action: Action, wipe: bool) -> Callable[[Node, Hos
 
 def _start_up(node: Node, host: Host) -> None:
     """What mvm-hostd does before it says that it is ready; and then there is nothing left to do."""
-    from mvm.core.errors import NotFound
-    from mvm.hostd.admission import all_instances
-
     report = recover_node(node.store)
     assert not report.failed, report.failed
     for instance in all_instances(node.store):

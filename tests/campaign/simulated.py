@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import random
@@ -226,6 +227,7 @@ class Node(World):
         told.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
+            gc.disable()  # it would write to every page that is shared with the parent
             code = FAILED
             try:
                 wire = Tripwire(kill_at)
