@@ -64,9 +64,14 @@ def links() -> set[str]:
 
 
 def mounts() -> list[str]:
-    with open("/proc/self/mountinfo") as file:
-        points = [line.split()[4] for line in file]
-    return [point for point in points if point.startswith(f"{ROOT}/")]
+    """In this mount namespace, and in mvm-hostd's, which has one of its own."""
+    daemon = run("systemctl", "show", "-P", "MainPID", "mvm-hostd.service").strip()
+    found = set()
+    for pid in ("self", daemon):
+        for line in text(f"/proc/{pid}/mountinfo").splitlines():
+            if (point := line.split()[4]).startswith(f"{ROOT}/"):
+                found.add(point)
+    return sorted(found)
 
 
 def mappings() -> dict[str, str]:

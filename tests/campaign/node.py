@@ -1,8 +1,9 @@
 """Kills of the installed mvm-hostd, and losses of power of the whole node, with real guests in the development node.
 
-An operation begins by the node's own commands; at a random moment of it the service is killed, or the node's QEMU
-process is. After the restart, `in_node.py` compares what the node's kernel and disk show with the records, and every
-guest must still have the last number that it had said was synced to its data disk.
+An operation begins by the node's own commands; at a random moment of it the service is killed (`node_kills.py`, which
+runs in the node and does several in a row), or the node's QEMU process is. After the restart, `in_node.py` compares
+what the node's kernel and disk show with the records, and every guest must still have the last number that it had said
+was synced to its data disk.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tests.node.conftest import Rig
 
 LOOK = (Path(__file__).parent / "in_node.py").read_bytes()
+KILLS = (Path(__file__).parent / "node_kills.py").read_bytes()
+KILL_S = 90.0
+"""At most, on average, for a kill and what follows."""
 VERBS = {
     "created": ["run"],
     "running": ["sleep", "sleep", "stop"],
@@ -43,6 +48,8 @@ class NodeCampaign:
         self.states: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
         self._n = 0
+        self._hung: list[str] = []
+        self._longest: dict[str, float] = {}
         self.look()
 
     def look(self) -> dict[str, Any]:
@@ -59,18 +66,30 @@ class NodeCampaign:
     def log(self) -> str:
         return self.rig.sh("journalctl -u mvm-hostd.service -o cat -n 40 --no-pager")
 
-    def kill(self) -> None:
-        """One kill of hostd at a random moment of a random operation."""
-        tenant, verb = self._choose()
-        after = self.rng.uniform(0, SECONDS[verb])
-        self.counts[f"hostd killed in {verb}"] += 1
-        self.rig.sh(
-            f"mvm tenant {verb} {tenant} >/tmp/campaign.log 2>&1 & sleep {after:.2f}; "
-            "systemctl kill --kill-whom=main --signal=KILL mvm-hostd.service || true; wait || true",
-            timeout=READY_S,
+    def kill(self, times: int) -> None:
+        """So many kills of hostd in a row, each at a random moment of a random operation."""
+        config = {
+            "kills": times, "seed": self.rng.getrandbits(32), "marks": self.marks, "number": self._n,
+            "longest": self._longest,
+        }  # fmt: skip
+        given = json.dumps({"program": KILLS.decode(), "config": config, "source": LOOK.decode()})
+        load = "import json, sys; got = json.load(sys.stdin); exec(compile(got['program'], 'node_kills', 'exec'), got)"
+        # The interpreter that the installed command names in its first line.
+        python = "$(sed -n '1s/^#!//p' \"$(readlink -f /usr/bin/mvm)\")"
+        script = f"exec {python} -I -c \"{load}; got['main'](got['config'], got['source'])\""
+        done = self.rig.mvm(
+            "shell", "--", "/bin/sh", "-euc", script, stdin=given.encode(), timeout=READY_S + times * KILL_S
         )
-        self.look()
-        self._settled()
+        for line in map(json.loads, done.stdout.splitlines()):
+            assert "failed" not in line, (line["failed"], line["log"])
+            self.counts[f"hostd killed amid {line['verb']}" if line["amid"] else "hostd killed idle"] += 1
+            self.counts["marks found"] += line["checked"]
+            for state in line["states"].values():
+                self.counts[f"then {state}"] += 1
+            self.states, self._n, self._longest = line["states"], line["number"], line["longest"]
+            self.marks = {tenant: (synced, tried) for tenant, (synced, tried) in line["marks"].items()}
+            times -= 1
+        assert times == 0, (done.stdout, done.stderr)
 
     def lose_power(self) -> None:
         """One loss of the node's power at a random moment of a random operation."""
@@ -82,6 +101,7 @@ class NodeCampaign:
         self.rig.node.power_loss()
         thread.join(READY_S)
         assert not thread.is_alive()
+        assert self._hung == [], f"did not end when the node's power went: {self._hung}"
         self.rig.mvm("start", timeout=READY_S)
         seen = self.look()
         assert seen["counts"]["processes"] == seen["counts"]["links"] == 0, seen
@@ -92,7 +112,7 @@ class NodeCampaign:
         try:
             self.rig.mvm("shell", "--", "/bin/sh", "-euc", script, code=None, timeout=READY_S)
         except subprocess.TimeoutExpired:
-            self.counts["commands that hung"] += 1
+            self._hung.append(script)
 
     def _choose(self) -> tuple[str, str]:
         tenant = self.rng.choice(list(self.marks))
@@ -136,12 +156,19 @@ def node_campaign(
 ) -> Counter[str]:
     """So many of each, in random order. AssertionError says which of the turns, and the seed."""
     campaign = NodeCampaign(rig, tenants, seed)
-    turns = ["kill"] * kills + ["power"] * power_losses
-    campaign.rng.shuffle(turns)
-    for number, kind in enumerate(turns, 1):
+    order = ["kill"] * kills + ["power"] * power_losses
+    campaign.rng.shuffle(order)
+    turns = [(kind, len(list(same))) for kind, same in groupby(order)]
+    number = 0
+    for kind, times in turns:
         try:
-            campaign.kill() if kind == "kill" else campaign.lose_power()
+            if kind == "kill":
+                campaign.kill(times)
+            for _ in range(times if kind == "power" else 0):
+                campaign.lose_power()
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}, turn {number} ({kind}): {error}") from error
-        tell(f"node: {number} of {len(turns)} ({kind}); {campaign.states}")
+            where = f"after {number} of {len(order)} turns, in {times} of kind {kind}"
+            raise AssertionError(f"seed {seed}, {where}, {dict(campaign.counts)}: {error}") from error
+        number += times
+        tell(f"node: {number} of {len(order)} ({kind}); {campaign.states}; {dict(campaign.counts)}")
     return campaign.counts
