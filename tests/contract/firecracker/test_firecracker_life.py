@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from mvm.hostd.vmm.driver import Machine
 from mvm.hostd.vmm.firecracker import jail
 from mvm.hostd.vmm.firecracker import vm as vms
 from mvm.hostd.vmm.firecracker.driver import Filter
+from mvm.hostd.vmm.firecracker.programs import inspect
 from mvm.linux.process import run
 
 pytestmark = pytest.mark.root
@@ -323,6 +325,38 @@ def test_a_strict_filter_is_one_that_was_pinned(programs: Path, tmp_path: Path) 
             identity = world.record(plan).process
             assert identity is not None
             assert b"--seccomp-filter" in Path(f"/proc/{identity.pid}/cmdline").read_bytes()
+
+
+@pytest.mark.req("H4")
+def test_nothing_is_executed_that_is_not_what_was_pinned(tmp_path: Path) -> None:
+    made = tmp_path / "programs"
+    made.mkdir()
+    for name in ("firecracker", "jailer"):
+        (made / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\necho Firecracker v1.16.1\n")
+        (made / name).chmod(0o755)
+    for pins in ({"firecracker": "0" * 64}, {"jailer": "0" * 64}):
+        with pytest.raises(Refused):
+            inspect(made, tmp_path / "cache", pins=pins, confined=False)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.req("H4")
+@pytest.mark.parametrize("place", ["", "1.16.1", "1.16.1/firecracker", "elsewhere"])
+def test_baseline_executes_nothing_that_others_could_replace(programs: Path, place: str) -> None:
+    """The directory that is asked for is a link, into one beside it."""
+    base = programs.parent / "base"
+    (base / "elsewhere").mkdir(parents=True, mode=0o755)
+    shutil.copytree(programs, base / "1.16.1")
+    for path in (base, *base.rglob("*")):
+        path.chmod(0o755)
+    (base / "elsewhere/current").symlink_to("../1.16.1")
+    cache = programs.parent / "cache"
+    inspect(base / "elsewhere/current", cache, pins={}, confined=True)
+    (base / place).chmod(0o777)
+    with pytest.raises(Refused, match="replaced") as refused:
+        inspect(base / "elsewhere/current", cache, pins={}, confined=True)
+    assert str(base / place) in refused.value.details
+    inspect(base / "elsewhere/current", cache, pins={}, confined=False)
 
 
 @pytest.mark.req("H4")

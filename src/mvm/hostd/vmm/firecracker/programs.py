@@ -2,6 +2,9 @@
 
 Asking a program for its version costs as much as a wake's smaller parts, and hashing it too, so the answers are kept
 with the file's identity (device, inode, size, time of change) beside them.
+
+Nothing is executed before it is known to be what was meant: first who could have written it, then its hash, then the
+questions that only the program answers.
 """
 
 from __future__ import annotations
@@ -52,25 +55,26 @@ def require_there(folder: Path) -> None:
 
 def inspect(folder: Path, cache: Path, *, pins: Mapping[str, str], confined: bool) -> Facts:
     """What the programs are. MissingPrerequisite if they are not there, too old or not of one version; Refused if they
-    are not the pinned ones, or, where `confined`, if anybody but root could have written them."""
+    are not the pinned ones, or, where `confined`, if anybody but root could have written or replaced them."""
     require_there(folder)
     if confined:
-        for path in (folder, *(folder / name for name in NAMES)):
-            _require_owned(path)
+        for name in NAMES:
+            _require_owned(folder / name)
     seen = " ".join(_identity(folder / name) for name in NAMES)
     kept = cache / f"firecracker-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
     facts = _known(kept, seen)
-    if facts is None:
-        facts = _ask(folder, seen)
-        ensure_dir(cache)
-        write_atomic(kept, msgspec.json.encode(facts))
+    hashes = {name: sha256(folder / name) for name in NAMES} if facts is None else facts.sha256
     for name, expected in pins.items():
-        if facts.sha256.get(name) != expected:
+        if hashes.get(name) != expected:
             raise Refused(
                 f"{folder / name} is not the program that was pinned",
-                details=f"sha256 {facts.sha256.get(name)}, expected {expected}",
+                details=f"sha256 {hashes.get(name)}, expected {expected}",
                 resolution="Install the right one, or correct the settings if it was replaced on purpose.",
             )
+    if facts is None:
+        facts = _ask(folder, hashes, seen)
+        ensure_dir(cache)
+        write_atomic(kept, msgspec.json.encode(facts))
     if facts.jailer != facts.version:
         raise MissingPrerequisite(
             "firecracker and jailer are not of one version",
@@ -89,7 +93,7 @@ def _known(kept: Path, seen: str) -> Facts | None:
     return facts if facts.seen == seen else None
 
 
-def _ask(folder: Path, seen: str) -> Facts:
+def _ask(folder: Path, hashes: dict[str, str], seen: str) -> Facts:
     def said(name: str, option: str) -> str:
         return run([str(folder / name), option], timeout=_TIMEOUT_S).stdout.decode("utf-8", "replace")
 
@@ -97,7 +101,7 @@ def _ask(folder: Path, seen: str) -> Facts:
         version=parse_version(said("firecracker", "--version")),
         jailer=parse_version(said("jailer", "--version")),
         format=parse_snapshot_format(said("firecracker", "--snapshot-version")),
-        sha256={name: sha256(folder / name) for name in NAMES},
+        sha256=hashes,
         seen=seen,
     )
 
@@ -114,10 +118,17 @@ def _identity(path: Path) -> str:
 
 
 def _require_owned(path: Path) -> None:
-    found = os.stat(path)
-    if found.st_uid != 0 or stat.S_IMODE(found.st_mode) & 0o022:
-        raise Refused(
-            "Firecracker could be replaced by others than root",
-            details=f"{path}: owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}",
-            resolution=f"Check what it is, then: chown root {path} && chmod go-w {path}",
-        )
+    """Refused unless `path`, what it leads to, and every directory on the way to either are root's alone to change."""
+    for end in (path.resolve(strict=True), Path(os.path.abspath(path))):
+        for place in (end, *end.parents):
+            found = os.stat(place)
+            # In a sticky directory others make names, and cannot change those that are root's.
+            open_to_others = stat.S_IMODE(found.st_mode) & 0o022 and not (
+                stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+            )
+            if found.st_uid != 0 or open_to_others:
+                raise Refused(
+                    "Firecracker could be replaced by others than root",
+                    details=f"{place}: owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}",
+                    resolution=f"Check what it is, then: chown root {place} && chmod go-w {place}",
+                )
