@@ -156,8 +156,8 @@ GUARANTEES: Final = (
     Guarantee(
         "volume-locked", "volumes", _B,
         "A data disk is open only in the VMM of its running instance.",
-        "No other process has a data.img or the block device it is decrypted to open, and no such device exists for an"
-        " instance that does not run.",
+        "No other process has a data.img or the block device it is decrypted to open (but Firecracker's keeper, which"
+        " reads nothing), and no such device exists for an instance that does not run.",
         ("K1",),
     ),
     Guarantee(
@@ -182,7 +182,8 @@ GUARANTEES: Final = (
     Guarantee(
         "secrets-sealed", "keys", _B,
         "Tenants' secrets are encrypted at rest and reach a guest through memory only.",
-        "Every secrets file begins as a sealed one; every VMM's secrets disk is a memory file.",
+        "Every secrets file begins as a sealed one; every VMM's secrets disk is a memory file, or a copy in"
+        " the memory of its jail.",
         ("K3",),
     ),
     Guarantee(
@@ -216,7 +217,8 @@ GUARANTEES: Final = (
         "A VMM's system calls are filtered.",
         "Seccomp is 2 on every thread.",
         ("H6",),
-        note="The filter is QEMU's own deny list (-sandbox on, spawning and privilege changes denied).",
+        note="The filter is QEMU's own deny list (-sandbox on, spawning and privilege changes denied), or Firecracker's"
+        " own list of what each of its threads may do.",
     ),
     Guarantee(
         "vmm-jail", "machines", _B,
@@ -300,8 +302,8 @@ GUARANTEES: Final = (
     Guarantee(
         "bounded-capabilities", "control", _H,
         "The privileged daemon holds the documented capabilities, filtered system calls, and nothing more.",
-        "mvm-hostd answers for this state root; on every thread its capability sets are the documented ones, NoNewPrivs"
-        " is 1, Seccomp is 2, and it holds no network socket.",
+        "mvm-hostd answers for this state root; on every thread its capability sets are those documented for its"
+        " drivers, NoNewPrivs is 1, Seccomp is 2, and it holds no network socket.",
         ("H3",),
         note="Without the daemon the command does the work itself, with all of root's rights.",
     ),

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from mvm.core.posture import GUARANTEES, Finding, Verdict, find
-from mvm.hostd.confine import CAPABILITIES
+from mvm.hostd.confine import wanted_by
 from mvm.hostd.inspect import text
 from mvm.hostd.inspect.doctor import Check, Result, open_to_others
 from mvm.hostd.inspect.host import HostFacts
+from mvm.hostd.inspect.process import OpenFile
 from mvm.hostd.inspect.scene import CAPABILITY_SETS, Scene, SnapshotFile, VmmFacts
 from mvm.linux.process import clean_environment
 
@@ -153,6 +154,8 @@ def _volume_locked(scene: Scene) -> Verdict:
     ]
     for v in scene.volumes:
         own = {pid for path, pid in allowed if path == os.path.realpath(v.path)}
+        # Firecracker's keeper holds the device, so that its number stays taken.
+        own |= {vmm.keeper for vmm in scene.vmms if vmm.driver == "firecracker" and vmm.process.pid in own}
         if v.device and not own:
             problems.append(f"{v.path} is open as {v.device}, and its instance does not run")
         strangers = sorted(set(v.device_holders) - own)
@@ -201,9 +204,15 @@ def _no_key_in_sight(scene: Scene) -> Verdict:
 def _secrets_sealed(scene: Scene) -> Verdict:
     problems = [f"{s.path} is not sealed" for s in scene.secrets if not s.sealed]
     for vmm in scene.vmms:
-        if not any(file.target.startswith("/memfd:mvm-secrets") for file in vmm.process.files):
+        if not any(_is_secrets_disk(file, vmm.driver) for file in vmm.process.files):
             problems.append(f"{vmm.instance}: its secrets disk is not a memory file")
     return _verdict(len(scene.secrets) + len(scene.vmms), "stores and disks of secrets", problems)
+
+
+def _is_secrets_disk(file: OpenFile, driver: str) -> bool:
+    if driver == "firecracker":  # a copy in the memory of its jail, under the name it has there
+        return file.target == "/secrets" and file.regular and not file.persistent and not file.writable
+    return file.target.startswith("/memfd:mvm-secrets")
 
 
 # Machines.
@@ -350,14 +359,13 @@ def _firewall(scene: Scene) -> Verdict:
 
 
 def _bounded_capabilities(scene: Scene) -> Verdict:
-    expected = tuple(sorted(CAPABILITIES))
     problems = (
         []
         if scene.daemons
         else ["no daemon answers for this state root: the command works with all of root's rights"]
     )
     for daemon in scene.daemons:
-        who = f"process {daemon.pid}"
+        who, expected = f"process {daemon.pid}", tuple(sorted(wanted_by(daemon.drivers)))
         for name in CAPABILITY_SETS:
             wanted = expected if name in ("permitted", "effective", "bounding") else ()
             has = daemon.capabilities.get(name, ("?",))

@@ -16,7 +16,7 @@ from mvm.core.addressing import instance_uid
 from mvm.core.errors import IntegrityError, InvalidInput, MvmError, NotFound
 from mvm.core.ids import TenantId
 from mvm.core.revision import DOCUMENT, FILES, REVISION_BYTES, decode_revision
-from mvm.hostd import net_policy, sealing
+from mvm.hostd import keeper, net_policy, sealing
 from mvm.hostd.assembly import verify_artifacts
 from mvm.hostd.inspect import text
 from mvm.hostd.inspect.host import PathFacts, path_facts
@@ -41,7 +41,7 @@ CAPABILITY_SETS = ("permitted", "effective", "bounding", "inheritable", "ambient
 class VmmFacts(msgspec.Struct, frozen=True):
     """A VMM of this root that runs. `uid`: the one its instance has; `artifacts`: files of its revision, as they are
     named in the end; `runtime`: of its directory; `data_device`: `major:minor` of its data disk, where the kernel has
-    it open."""
+    it open; `driver`: as its record says; `keeper`: pid of its keeper, 0 if there is none."""
 
     instance: str
     uid: int
@@ -53,6 +53,8 @@ class VmmFacts(msgspec.Struct, frozen=True):
     runtime: PathFacts | None
     process: ProcessFacts
     data_device: str = ""
+    driver: str = "qemu"
+    keeper: int = 0
 
 
 class VolumeFacts(msgspec.Struct, frozen=True):
@@ -101,13 +103,15 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 class DaemonFacts(msgspec.Struct, frozen=True):
-    """The process that answers at the daemon's socket. `capabilities`: by set, of all threads together."""
+    """The process that answers at the daemon's socket. `capabilities`: by set, of all threads together; `drivers`: that
+    it says it uses."""
 
     pid: int
     capabilities: dict[str, tuple[str, ...]]
     no_new_privs: bool
     seccomp: bool
     network_sockets: int
+    drivers: tuple[str, ...] = ("qemu",)
 
 
 class FirewallFacts(msgspec.Struct, frozen=True):
@@ -222,6 +226,8 @@ class _VmmReader:
             runtime=path_facts(paths.runtime),
             process=process,
             data_device=_device_number(_device(paths.data_disk, dm_crypt.opened())),
+            driver=record.vmm.driver if record.vmm is not None else "",
+            keeper=keeper.anything_left(paths.runtime) or 0,
         )
 
 
@@ -382,14 +388,14 @@ def _daemons(path: Path | None) -> tuple[DaemonFacts, ...]:
     from mvm.wire.hostd_client import HostdClient
 
     try:
-        pid = HostdClient(lambda: UnixStream.dial(path)).ping().pid
+        node = HostdClient(lambda: UnixStream.dial(path)).ping()
     except (MvmError, OSError):
         return ()
-    found = _daemon(pid)
+    found = _daemon(node.pid, node.driver)
     return () if found is None else (found,)
 
 
-def _daemon(pid: int) -> DaemonFacts | None:
+def _daemon(pid: int, drivers: str) -> DaemonFacts | None:
     process = read_process(pid, (), "")
     sets: dict[str, set[str]] = {name: set() for name in CAPABILITY_SETS}
     if process is None:
@@ -408,6 +414,7 @@ def _daemon(pid: int) -> DaemonFacts | None:
         no_new_privs=all(thread.no_new_privs for thread in process.threads),
         seccomp=all(thread.seccomp == 2 for thread in process.threads),
         network_sockets=process.network_sockets,
+        drivers=tuple(drivers.split("+")),
     )
 
 

@@ -10,7 +10,7 @@ from tests.unit.hostd.inspect.test_doctor import FIT, ROOT, facts
 
 from mvm.core.ids import InstanceId, SnapshotId, TenantId
 from mvm.core.posture import GUARANTEES, Status, assess
-from mvm.hostd.confine import CAPABILITIES
+from mvm.hostd.confine import CAPABILITIES, DRIVERS
 from mvm.hostd.inspect.doctor import diagnose
 from mvm.hostd.inspect.guarantees import HOST_JUDGES, MAGIC, SCENE_JUDGES, SEGMENT_MAGIC, examine
 from mvm.hostd.inspect.host import PathFacts
@@ -94,6 +94,32 @@ EMPTY = msgspec.structs.replace(
 )  # fmt: skip
 
 
+# The same on Firecracker: it names its files as its jail does, and its keeper holds its disk's device.
+FIRECRACKER = msgspec.structs.replace(
+    VMM, driver="firecracker", keeper=76, data_device="253:0", process=msgspec.structs.replace(
+        PROCESS, argv=("/firecracker", "--id", "acme--default-0"), files=(
+            OpenFile(5, "/memory", True, False, True),
+            OpenFile(8, "/rootfs", True, True, False),
+            OpenFile(9, "/data (deleted)", False, True, True, "253:0"),
+            OpenFile(10, "/secrets", True, False, False),
+            OpenFile(30, "anon_inode:kvm-vm", False, False, True),
+        ),
+    ),
+)  # fmt: skip
+ITS_DISK = msgspec.structs.replace(VOLUME, holders=(), device="/dev/dm-0", device_holders=(76, 77))
+ITS_DAEMON = msgspec.structs.replace(
+    DAEMON,
+    capabilities={
+        **DAEMON.capabilities,
+        **dict.fromkeys(
+            ("permitted", "effective", "bounding"),
+            tuple(sorted({*CAPABILITIES, *DRIVERS["firecracker"]})),
+        ),
+    },
+    drivers=("firecracker", "qemu"),
+)
+
+
 def link(name: str, **changes: Any) -> Scene:
     return msgspec.structs.replace(
         WELL, links={**LINKS, name: msgspec.structs.replace(LINKS[name], **changes)}
@@ -153,6 +179,34 @@ def test_a_disk_that_the_kernel_opened_for_its_vmm_is_in_order() -> None:
 
 
 @pytest.mark.req("O6")
+@pytest.mark.req("O6", "H3", "K1", "K3")
+def test_all_holds_on_a_node_with_firecracker_too() -> None:
+    found = scene(vmms=(FIRECRACKER,), volumes=(ITS_DISK,), daemons=(ITS_DAEMON,))
+    for name, judge in SCENE_JUDGES.items():
+        verdict = judge(found)
+        assert verdict.held is True, (name, verdict)
+
+
+@pytest.mark.req("O6", "H3", "K1", "K3")
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        # What is right for Firecracker is not for QEMU, and the other way round.
+        ("bounded-capabilities", scene(daemons=(msgspec.structs.replace(ITS_DAEMON, drivers=("qemu",)),))),
+        ("bounded-capabilities", daemon(drivers=("firecracker", "qemu"))),
+        ("volume-locked", scene(volumes=(ITS_DISK,), vmms=(msgspec.structs.replace(VMM, keeper=76),))),
+        (
+            "volume-locked",
+            scene(volumes=(ITS_DISK,), vmms=(msgspec.structs.replace(FIRECRACKER, keeper=75),)),
+        ),
+        ("secrets-sealed", vmm(driver="firecracker")),
+        ("secrets-sealed", scene(vmms=(msgspec.structs.replace(FIRECRACKER, driver="qemu"),))),
+    ],
+)
+def test_what_is_right_depends_on_the_driver(name: str, changed: Scene) -> None:
+    assert SCENE_JUDGES[name](changed).held is False
+
+
 @pytest.mark.parametrize(
     "name", [name for name in SCENE_JUDGES if name not in ("key-provider", "bounded-capabilities")]
 )
