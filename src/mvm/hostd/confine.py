@@ -32,7 +32,8 @@ DRIVERS: Final[dict[str, dict[str, str]]] = {
     "qemu": {},
     "firecracker": {
         "CHOWN": "chown(2), by its jailer and for it: the jail's devices, pipes and disks are the instance's uid's",
-        "DAC_OVERRIDE": "making names in the jail's root, which is the instance's uid's alone",
+        "DAC_OVERRIDE": "making names in the jail's root and reaching the sockets in it, which is the instance's uid's"
+        " alone",
         "MKNOD": "mknod(2), by its jailer and for it: /dev/kvm, /dev/net/tun and the data disk's device in the jail",
     },
 }
