@@ -41,7 +41,7 @@ def doctor(app: App, repair: bool) -> None:
     for check in checks:
         app.answer(check)
     if not app.json:
-        click.echo("\n".join(map(printable, rendered(checks))))
+        click.echo("\n".join(rendered(checks)))
     failed = [check.id for check in checks if check.result is Result.FAIL]
     if failed:
         raise MissingPrerequisite(
@@ -63,7 +63,7 @@ def rendered(checks: Sequence[Check]) -> list[str]:
         lines.append(f"{_MARKS[check.result]:<8} {check.what}: {check.seen}")
         if check.fix:
             lines.append(f"{'':<8}   fix: {check.fix}")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _repair(app: App) -> None:
