@@ -164,11 +164,12 @@ def node_campaign(
         try:
             if kind == "kill":
                 campaign.kill(times)
-            for _ in range(times if kind == "power" else 0):
+            for one in range(times if kind == "power" else 0):
                 campaign.lose_power()
+                tell(f"node: {number + one + 1} of {len(order)} (power); {campaign.states}")
         except AssertionError as error:
             where = f"after {number} of {len(order)} turns, in {times} of kind {kind}"
             raise AssertionError(f"seed {seed}, {where}, {dict(campaign.counts)}: {error}") from error
         number += times
-        tell(f"node: {number} of {len(order)} ({kind}); {campaign.states}; {dict(campaign.counts)}")
+        tell(f"node: {number} of {len(order)}; {campaign.states}; {dict(campaign.counts)}")
     return campaign.counts
