@@ -475,3 +475,24 @@ def test_a_taken_over_vmm_fills_its_jail_and_not_the_host(world: FirecrackerWorl
     assert sorted(base.rglob("*")) == names
     host.stop_instance(plan.instance)
     world.assert_nothing_runs(plan)
+
+
+@pytest.mark.req("S4")
+def test_a_number_that_changed_hands_is_not_read(
+    world: FirecrackerWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firecracker has ended, and its pid is another process's now."""
+    plan = world.plan()
+    world.host().create_instance(plan)
+    identity = world.record(plan).process
+    assert identity is not None
+    runtime, size = world.paths(plan).runtime, plan.mem_mib
+    vm = world.driver.adopt(identity, plan.instance.vm_name, size, runtime)
+    with vm.memory() as memory:
+        assert memory.size == size << 20
+    monkeypatch.setattr("mvm.hostd.keeper.await_end", lambda *_, **__: True)
+    stranger = msgspec.structs.replace(identity, start_ticks=identity.start_ticks + 1)
+    monkeypatch.setattr("mvm.hostd.vmm.firecracker.driver.is_alive", lambda _: True)
+    gone = world.driver.adopt(stranger, plan.instance.vm_name, size, runtime)
+    with pytest.raises(VmmError, match="ended"), gone.memory():
+        raise AssertionError("a stranger's memory can be read")

@@ -223,6 +223,9 @@ class FirecrackerVm:
         except OSError as error:
             raise VmmError("Firecracker's memory cannot be read", details=str(error)) from error
         with found:
+            # Opened by number: if that changed hands before, what is open now is a stranger's memory.
+            if not self.is_alive():
+                raise self._ended(VmmError("Firecracker's memory cannot be read"))
             try:
                 yield found
             except OSError as error:
