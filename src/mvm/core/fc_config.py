@@ -9,7 +9,8 @@
 
 **The base comes from a tenant's flake, so it may not name anything of the host.** Drives and interfaces
 beside ours are refused, and of ours only the keys in `_KEPT` (rate limiters, mtu) are taken from the base;
-top-level sections that hold host paths (`_REFUSED`) are refused. What stays free: CPU template, huge pages,
+top-level sections that hold host paths (`_REFUSED`) are refused, and so are huge pages, which no control
+group's limit on memory counts and every tenant would take from the same pool. What stays free: CPU template,
 balloon, entropy, MMDS, and whatever Firecracker ignores or refuses for itself (unknown at the top level,
 unknown below it).
 
@@ -121,6 +122,8 @@ def _check_base(base: dict[str, Any]) -> None:
             raise _bad_base(key, "it is not an object")
     if "gdb_socket_path" in base.get("machine-config", {}):
         raise _bad_base("machine-config.gdb_socket_path", "it opens a debugger's socket on the host")
+    if base.get("machine-config", {}).get("huge_pages", "None") != "None":
+        raise _bad_base("machine-config.huge_pages", "such pages are outside the limit on a guest's memory")
     for key, name in _LISTS.items():
         entries = base.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

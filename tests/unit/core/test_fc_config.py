@@ -30,7 +30,7 @@ PATHS = FcPaths(
 )
 BASE: dict[str, Any] = {
     "boot-source": {"kernel_image_path": "/build/vmlinux", "initrd_path": "/build/i", "boot_args": "quiet"},
-    "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "smt": True, "huge_pages": "2M"},
+    "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "smt": True, "huge_pages": "None"},
     "drives": [
         {"drive_id": "data", "cache_type": "Unsafe", "socket": "/x", "rate_limiter": {"ops": {"size": 1}}}
     ],
@@ -52,7 +52,7 @@ def test_run_time_values_are_laid_over_the_base() -> None:
             "boot_args": "quiet mvm.ip=10.240.1.2/24 mvm.gw=10.240.1.1 mvm.dns=10.240.1.1 "
             "mvm.host=acme-default-0",
         },
-        "machine-config": {"vcpu_count": 2, "mem_size_mib": 512, "smt": False, "huge_pages": "2M"},
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 512, "smt": False, "huge_pages": "None"},
         "drives": [
             {"drive_id": "rootfs", "path_on_host": "/rootfs", "is_root_device": True, "is_read_only": True},
             {
@@ -109,6 +109,7 @@ def test_keys_nobody_knows_are_kept(extra: dict[str, Any]) -> None:
         ({"serial": {"serial_out_path": "/etc/cron.d/x"}}, "serial"),
         ({"cpu-config": "/etc/shadow"}, "cpu-config"),
         ({"machine-config": {"gdb_socket_path": "/x"}}, "gdb_socket_path"),
+        ({"machine-config": {"huge_pages": "2M"}}, "huge_pages"),
         ({"machine-config": []}, "machine-config"),
         ({"boot-source": {"boot_args": 1}}, "boot_args"),
     ],
