@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from mvm.cli.app import App, aligned
-from mvm.cli.progress import Progress, printable
+from mvm.cli.app import printable
+from mvm.cli.progress import Progress
 
 
 class Terminal:
