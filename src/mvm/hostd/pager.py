@@ -192,20 +192,28 @@ def mapped_pages(maps: int, pagemap: int, size: int) -> bytearray:
     text = bytearray()
     while len(text) < _MAPS_BYTES and (part := os.read(maps, 1 << 16)):
         text += part
-    address = find_mapping(text.decode("utf-8", "replace"), size)
-    return bytearray() if address is None else present_pages(pagemap, address, size)
+    found = find_mappings(text.decode("utf-8", "replace"), size)
+    return bytearray().join(present_pages(pagemap, address, length) for address, length in found)
 
 
-def find_mapping(maps: str, size: int) -> int | None:
-    """Address of the mapping of `size` bytes of a FUSE root (inode 1, no real device) in /proc/<pid>/maps."""
+def find_mappings(maps: str, size: int) -> list[tuple[int, int]]:
+    """(address, length) of what maps a FUSE root (inode 1, no real device) of `size` bytes, in the order of the file.
+
+    Empty unless it is all of one file: QEMU maps it in one piece, Firecracker what is above 3 GiB apart.
+    """
+    files: dict[str, list[tuple[int, int, int]]] = {}
     for line in maps.splitlines():
         fields = line.split(None, 5)
         if len(fields) < 5 or fields[4] != str(ROOT_NODE) or not fields[3].startswith("00:"):
             continue
         start, end = (int(number, 16) for number in fields[0].split("-"))
-        if end - start == size:
-            return start
-    return None
+        files.setdefault(fields[3], []).append((int(fields[2], 16), start, end - start))
+    for pieces in files.values():
+        pieces.sort()
+        ends = [0, *(offset + length for offset, _, length in pieces)]
+        if ends[-1] == size and all(piece[0] == end for piece, end in zip(pieces, ends, strict=False)):
+            return [(address, length) for _, address, length in pieces]
+    return []
 
 
 def open_memory(image: SealedImage, uid: int, gid: int, mountpoint: Path) -> GuestMemory:

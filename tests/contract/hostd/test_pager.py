@@ -274,13 +274,25 @@ def test_runs_are_cut_at_chunks_and_nothing_is_lost(gaps: list[tuple[int, int]])
 def test_the_mapping_is_found_by_size_and_inode() -> None:
     maps = (
         "7f0000000000-7f0010000000 rw-p 00000000 fe:00 1    /somewhere\n"
-        "7f1000000000-7f1000001000 rw-p 00000000 00:2f 1    /\n"
+        "7f1000000000-7f1000001000 rw-p 00000000 00:2e 1    /\n"
         "7f2000000000-7f2010000000 rw-p 00000000 00:00 0 \n"
         "short\n"
         "7f3000000000-7f3010000000 rw-p 00000000 00:2f 1    /\n"
     )
-    assert pager.find_mapping(maps, 0x10000000) == 0x7F3000000000
-    assert pager.find_mapping(maps, 0x20000000) is None
+    assert pager.find_mappings(maps, 0x10000000) == [(0x7F3000000000, 0x10000000)]
+    assert pager.find_mappings(maps, 0x20000000) == []
+
+
+@pytest.mark.req("S7")
+def test_a_guest_above_3_gib_is_found_in_both_its_parts() -> None:
+    maps = (
+        "7f2000000000-7f2040000000 rw-p c0000000 00:2f 1    /memory\n"
+        "7f3000000000-7f30c0000000 rw-p 00000000 00:2f 1    /memory\n"
+    )
+    found = [(0x7F3000000000, 3 << 30), (0x7F2000000000, 1 << 30)]
+    assert pager.find_mappings(maps, 4 << 30) == found
+    assert pager.find_mappings(maps, 3 << 30) == []
+    assert pager.find_mappings(maps.replace("c0000000 00", "c0001000 00"), (4 << 30) + 4096) == []
 
 
 def test_without_fuse_the_error_says_what_to_do(
