@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mvm.cli.app import App, aligned
-from mvm.cli.app import printable
+from mvm.cli.app import App, aligned, printable
 from mvm.cli.progress import Progress
 
 
