@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_none_is_missing_from_that_check() -> None:
     }
     asked |= {(c.method, c.path) for c in vars(rq).values() if isinstance(c, rq.Call)}
     assert asked <= made
+
+
+def test_there_is_no_request_that_the_driver_does_not_make() -> None:
+    names = {
+        name
+        for name, found in vars(rq).items()
+        if isinstance(found, rq.Call)
+        or (inspect.isclass(found) and getattr(found, "path", "") and name != "Call")
+    }
+    driver = "".join(path.read_text() for path in Path(rq.__file__).parent.glob("*.py"))
+    assert {name for name in names if len(re.findall(rf"\b{name}\b", driver)) < 2} == set()
 
 
 @pytest.mark.req("B7")

@@ -37,22 +37,9 @@ class _Request(msgspec.Struct, frozen=True, omit_defaults=True):
         return call(self.method, self.path, self)
 
 
-class Logger(_Request, frozen=True, omit_defaults=True):
-    path: ClassVar[str] = "/logger"
-    log_path: str
-    level: str | None = None
-    show_level: bool | None = None
-    show_log_origin: bool | None = None
-
-
-class Metrics(_Request, frozen=True, omit_defaults=True):
-    path: ClassVar[str] = "/metrics"
-    metrics_path: str
-
-
 class Action(_Request, frozen=True, omit_defaults=True):
     path: ClassVar[str] = "/actions"
-    action_type: Literal["InstanceStart", "FlushMetrics"]
+    action_type: Literal["InstanceStart"]
 
 
 class SetState(_Request, frozen=True, omit_defaults=True):
@@ -93,17 +80,7 @@ class LoadSnapshot(_Request, frozen=True, omit_defaults=True):
     vsock_override: VsockOverride | None = None
 
 
-class SetBalloon(_Request, frozen=True, omit_defaults=True):
-    method: ClassVar[Literal["GET", "PUT", "PATCH"]] = "PATCH"
-    path: ClassVar[str] = "/balloon"
-    amount_mib: int
-
-
 GET_INSTANCE: Final = Call("GET", "/")
-GET_VERSION: Final = Call("GET", "/version")
-GET_CONFIG: Final = Call("GET", "/vm/config")
-GET_BALLOON: Final = Call("GET", "/balloon")
-GET_BALLOON_STATISTICS: Final = Call("GET", "/balloon/statistics")
 
 
 def call(method: Literal["GET", "PUT", "PATCH"], path: str, body: object) -> Call:
