@@ -1,7 +1,7 @@
 """Measure sleeping and waking, and hold the figures against the targets. Needs root.
 
-    python -m bench.sleep_wake [--vmm qemu|firecracker] [--sizes 256,512,1024,2048] [--repeats 5] [--quick]
-                               [--output text|json]
+    python -m bench.sleep_wake [--vmm qemu|firecracker] [--sizes 256,512,1024,2048] [--repeats 5]
+                               [--quick] [--brief] [--output text|json]
 
 One guest of each size, the same working set in all of them (`bench.worker`). Every repeat takes each of them from
 cold boot through all variants; guest sizes alternate in the innermost loop and the variants begin at another one each
@@ -38,6 +38,7 @@ REPEATS = 5
 DIRTY_MIB = (0, 8, 32)
 PAIRS = 2
 """Plain and encrypted restores of one image, in turn, in each repeat."""
+BRIEF_MIB = 8
 
 _BYTES, _TIME = figures.mebibytes, figures.seconds
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -82,23 +83,28 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 class Run:
     """The measurements on one node."""
 
-    def __init__(self, node: Node, repeats: int, say: Callable[[str], None]) -> None:
+    def __init__(self, node: Node, repeats: int, say: Callable[[str], None], *, brief: bool = False) -> None:
         self.samples = Samples()
         self._guests = node.guests
         self._repeats = repeats
         self._say = say
-        self._steps = repeats * len(node.guests) * (2 + PAIRS + len(self._variants()))
+        self._brief = brief
+        self._pairs = 1 if brief else PAIRS
+        self._steps = repeats * len(node.guests) * (2 - brief + self._pairs + len(self._variants()))
         self._done = 0
 
     def _variants(self) -> Sequence[Callable[[Guest], str]]:
+        if self._brief:
+            return [partial(self._wake_and_sleep, BRIEF_MIB)]
         later = [partial(self._wake_and_sleep, mib) for mib in DIRTY_MIB[1:]]
         return [*later, self._commands]
 
     def all(self) -> None:
         for repeat in range(self._repeats):
-            self._each(repeat, self._cold_command)
+            if not self._brief:
+                self._each(repeat, self._cold_command)
             self._each(repeat, self._first_life)
-            for turn in range(PAIRS):
+            for turn in range(self._pairs):
                 self._each(repeat, partial(self._pair, plain_first=(repeat + turn) % 2 == 0))
             variants = self._variants()
             at = repeat % len(variants)
@@ -238,6 +244,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="two repeats: shows that it works, proves nothing"
     )
+    parser.add_argument(
+        "--brief", action="store_true", help=f"no commands, one pair a repeat, {BRIEF_MIB} MiB dirtied only"
+    )
     add_options(parser)
     parser.add_argument("--output", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
@@ -262,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with measuring_node(options.sizes, say, of_options(options)) as node:
             about = machine(node)
-            run = Run(node, options.repeats, say)
+            run = Run(node, options.repeats, say, brief=options.brief)
             run.all()
     except MvmError as error:
         print(f"error: {error.brief}\n{error.details}\n{error.resolution}", file=sys.stderr)
