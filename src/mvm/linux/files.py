@@ -165,7 +165,7 @@ def _overwrite(fd: int) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, link or directory with all in it; absent is done. Conflict if a mount is inside."""
+    """Remove a file, link or directory with all in it, however deep; absent is done. Conflict if a mount is inside."""
     try:
         parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def remove_tree(path: Path) -> None:
 
 
 def _remove_entry(
-    parent: int, name: str, found: os.stat_result, device: int, shown: Path, depth: int
+    parent: int, name: str, found: os.stat_result, device: int, shown: Path, depth: int, top: int = -1
 ) -> None:
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=parent)
@@ -189,12 +189,18 @@ def _remove_entry(
     if found.st_dev != device:
         raise Conflict(f"{shown} is a mount point", resolution=f"unmount it: umount {shown}")
     if depth >= _MAX_DEPTH:
-        raise Conflict(f"{shown} is nested deeper than {_MAX_DEPTH} directories")
+        # Its turn comes from up there: every level that is entered costs a descriptor and a frame.
+        os.rename(name, f".deep-{os.urandom(8).hex()}", src_dir_fd=parent, dst_dir_fd=top)
+        return
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
-        for entry in os.listdir(fd):
-            child = os.stat(entry, dir_fd=fd, follow_symlinks=False)
-            _remove_entry(fd, entry, child, device, shown / entry, depth + 1)
+        top = fd if depth == 0 else top
+        while entries := os.listdir(fd):
+            for entry in entries:
+                child = os.stat(entry, dir_fd=fd, follow_symlinks=False)
+                _remove_entry(fd, entry, child, device, shown / entry, depth + 1, top)
+            if depth > 0:
+                break  # only at the top there may be new ones
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=parent)

@@ -114,6 +114,23 @@ def test_wipe_and_remove_tree_do_not_follow_links(tmp_path: Path) -> None:
     assert (outside / "precious").read_bytes() == b"precious"
 
 
+@pytest.mark.req("L7")
+def test_remove_tree_has_no_limit_of_depth(tmp_path: Path) -> None:
+    """More levels than this process may have open files or frames, each with a file."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    at = os.open(tree, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=at)
+        os.close(os.open("f", os.O_WRONLY | os.O_CREAT, dir_fd=at))
+        deeper = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = deeper
+    os.close(at)
+    files.remove_tree(tree)
+    assert os.listdir(tmp_path) == []
+
+
 def test_remove_tree_stops_at_a_mount(monkeypatch: pytest.MonkeyPatch) -> None:
     # /proc is a mount in every place this runs, and nothing in it may be touched.
     removed: list[object] = []
