@@ -247,6 +247,33 @@ def test_a_hole_is_found_by_packets_alone(node: Node, commands: list[str], faili
     assert any(failing in r.probe for r in failed), failed
 
 
+def test_a_host_without_a_route_lets_nothing_through_by_saying_so(node: Node) -> None:
+    """Its kernel answers that a network is unreachable, and quotes the packet, before any rule is asked."""
+    ip("route", "del", "default")
+    results = node.probe()
+    assert any("fleet" in r.probe for r in results)
+    assert [r for r in results if not r.ok] == []
+
+
+def test_a_quoted_packet_excuses_nothing_but_the_word_back_to_who_sent_it(node: Node) -> None:
+    expected, _ = net_verify.verify(node.store)
+    sender, other, *_ = (i for i in expected.instances if i.has_tap)
+    (probe, *_) = [
+        p
+        for p in active.probes_of(expected, sender, [], host=None, uplink=False)
+        if p.expect == active.BARRED
+    ]
+    sent = active.Sighting(probe.token, sender.network.tap, False)
+    for tap, quoted, ok in (
+        (sender.network.tap, True, True),
+        (sender.network.tap, False, False),
+        (other.network.tap, True, False),
+        ("eth0", True, False),
+    ):
+        answer = active.Sighting(probe.token, tap, True, quoted)
+        assert active.judge(sender, probe, [sent, answer]).ok is ok
+
+
 def test_a_guest_that_does_not_send_is_no_proof(node: Node) -> None:
     def refuse(instance: Instance, frames: list[bytes]) -> None:
         raise GuestError("the guest does not answer")

@@ -5,7 +5,8 @@ hears all interfaces meanwhile. So the verdict does not depend on what a guest s
 coming out of its tap was sent, and then either it was seen somewhere else or it was not.
 
     forged   may be seen at its own tap only: it dies before the bridge
-    barred   at its tap and its tenant's bridge, where routing begins, and nowhere else; no answer to it either
+    barred   at its tap and its tenant's bridge, where routing begins, and nowhere else; no answer to it either, but
+             this host's own word that it went nowhere: without a route it says so before its rules are asked
     echoed   an answer with the token goes back into its tap
     leaves   it goes out by an interface that is not mvm's
 
@@ -39,6 +40,7 @@ _BROADCAST: Final = b"\xff" * 6
 _OUTGOING: Final = 4  # PACKET_OUTGOING
 _ETH_P_ALL: Final = 3
 _TOKEN_BYTES: Final = 12
+_ICMP_ERRORS: Final = (b"\3", b"\4", b"\5", b"\x0b", b"\x0c")
 
 SCRIPT: Final = (
     "import socket,sys\n"
@@ -61,9 +63,12 @@ class Probe(NamedTuple):
 
 
 class Sighting(NamedTuple):
+    """`quoted`: in an ICMP error, which quotes the packet that it is about."""
+
     token: bytes
     interface: str
     outgoing: bool
+    quoted: bool = False
 
 
 class Result(NamedTuple):
@@ -144,7 +149,10 @@ def probes_of(
 def judge(instance: Instance, probe: Probe, sightings: Iterable[Sighting]) -> Result:
     """Pure. `sightings`: all there were; those of other tokens are left out here."""
     net = instance.network
-    seen = {(s.interface, s.outgoing) for s in sightings if s.token == probe.token}
+    about = [s for s in sightings if s.token == probe.token]
+    # What goes back to who sent it, quoted, went nowhere else: had it, it would have been seen there as itself.
+    back = {(net.tap, True), (net.bridge, True)}
+    seen = {(s.interface, s.outgoing) for s in about if not (s.quoted and (s.interface, s.outgoing) in back)}
     sent = (net.tap, False) in seen
     allowed = {(net.tap, False)}
     if probe.expect in (BARRED, ECHOED, LEAVES):
@@ -185,8 +193,20 @@ def _listen(ear: socket.socket, tokens: set[bytes]) -> list[Sighting]:
     deadline, quiet = time.monotonic() + 5.0, _SETTLE_S
     while time.monotonic() < deadline and wait_readable(ear.fileno(), quiet):
         frame, where = ear.recvfrom(2048)
-        found += [Sighting(token, where[0], where[2] == _OUTGOING) for token in tokens if token in frame]
+        found += [
+            Sighting(token, where[0], where[2] == _OUTGOING, is_icmp_error(frame))
+            for token in tokens
+            if token in frame
+        ]
     return found
+
+
+def is_icmp_error(frame: bytes) -> bool:
+    """Whether an Ethernet frame carries one of ICMP's errors (RFC 792), which quote what they are about."""
+    if len(frame) < 34 or int.from_bytes(frame[12:14], "big") != _IPV4 or frame[23] != 1:
+        return False
+    at = 14 + 4 * (frame[14] & 0x0F)
+    return frame[at : at + 1] in _ICMP_ERRORS
 
 
 def _spread(running: list[Instance]) -> list[Instance]:
