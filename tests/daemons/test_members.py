@@ -205,6 +205,9 @@ def test_what_a_member_learns_of_the_node(open_world: DaemonWorld) -> None:
     stranger = json.loads(cli(world, "node", "info", "--output", "json", gid=9999).stdout)
     assert stranger["instances"] == {}
     assert any("does not talk to this user" in text for text in stranger["unseen"])
+    lines = cli(world, "node", "info", gid=9999).stdout.splitlines()
+    for row in ("node id", "instances"):
+        assert [line.split()[-2:] for line in lines if line.startswith(row)] == [["not", "seen"]]
     probe = cli(world, "node", "info", "--probe")
     assert (probe.returncode, probe.stdout) == (15, "")
     assert "--probe needs root" in probe.stderr

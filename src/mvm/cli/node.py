@@ -88,7 +88,7 @@ def rendered(node: NodeInfo) -> list[str]:
     has = {name: "yes" if there else "no" for name, there in host.devices.items()}
     incremental = {True: "yes", False: "no", None: "known after the first run"}[vmm.incremental]
     rows = [
-        ("node id", node.node_id or "none yet"),
+        ("node id", node.node_id or _none(node, "node id", "none yet")),
         ("environment", host.environment + (", inside a virtual machine" if host.hypervisor else "")),
         ("state", node.root),
         ("system", f"{host.os}, Linux {host.kernel}, {host.machine}"),
@@ -114,7 +114,7 @@ def rendered(node: NodeInfo) -> list[str]:
     if node.key_warning:
         rows.append(("", node.key_warning))
     counts = ", ".join(f"{count} {state}" for state, count in sorted(node.instances.items()))
-    rows.append(("instances", counts or "none"))
+    rows.append(("instances", counts or _none(node, "tenants", "none")))
     rows += [
         (
             "network" if n == 0 else "",
@@ -124,6 +124,11 @@ def rendered(node: NodeInfo) -> list[str]:
     ]
     rows += [("not seen", text) for text in node.unseen]
     return aligned(rows)
+
+
+def _none(node: NodeInfo, what: str, word: str) -> str:
+    """Nothing is not the same as nothing that this user may see."""
+    return "not seen" if any(text.startswith(what) for text in node.unseen) else word
 
 
 def _possible(problem: str | None) -> str:
