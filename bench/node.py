@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -354,7 +354,8 @@ def measuring_node(sizes: tuple[int, ...], say: Say, target: Target = _QEMU) -> 
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        say("cleaning up")
+        with suppress(OSError):  # its terminal may be gone
+            say("cleaning up")
         remove_tree(scratch)
         if node is not None:
             node.destroy()  # where it fails, the root stays: without it nobody could end what is left
