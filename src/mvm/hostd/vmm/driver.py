@@ -77,8 +77,8 @@ class Nic(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Everything a VMM is started with. Descriptors and the data disk's device are borrowed until `start` returns, after
-    a `restore` until `load_state` does: only then a VMM has to have opened them.
+    """Everything a VMM is started with. Descriptors and the data disk's device are borrowed until `start` returns,
+    after a `restore` until `load_state` does: only then a VMM has to have opened them.
 
     `jail`: an empty directory of root's, over which the VMM's root is made in a namespace of its own; None: without.
     `cgroup`: the control group to run in, a directory. `confined`: whether it is an error if the host has no jail.
