@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from mvm.hostd import confine, settings
+from mvm.hostd.vmm.driver import Machine
+from mvm.hostd.vmm.firecracker import jail as firecracker
+from mvm.hostd.vmm.qemu import jail as qemu
 from mvm.wire.hostd_api import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,22 @@ def test_the_units_capabilities() -> None:
     assert set(line.split()) == {f"CAP_{name}" for name in (*confine.CAPABILITIES, "SETPCAP")}
     (more,) = re.findall(r"^CapabilityBoundingSet=(.*)$", FIRECRACKER.read_text(), re.MULTILINE)
     assert set(more.split()) == {f"CAP_{name}" for name in confine.DRIVERS["firecracker"]}
+
+
+@pytest.mark.req("H4", "H7")
+def test_the_units_namespaces_are_those_of_jails() -> None:
+    (base,) = re.findall(r"^RestrictNamespaces=(.*)$", UNIT.read_text(), re.MULTILINE)
+    (more,) = re.findall(r"^RestrictNamespaces=(.*)$", FIRECRACKER.read_text(), re.MULTILINE)
+    machine = Machine(
+        name="acme--default-0", vcpus=1, mem_mib=128, kernel=Path("k"), initrd=Path("i"), boot_args="", drives=(),
+        nic=None, uid=1, gid=1, runtime=Path("r"),
+    )  # fmt: skip
+    programs = firecracker.Programs(Path("firecracker"), Path("jailer"))
+    firecrackers = firecracker.jail(programs, machine, Path("jail"), None).namespaces
+    qemus = qemu.jail("/usr/bin/true", Path("jail"), "kvm", required=True).namespaces
+    named = {"mnt" if kind == "mount" else kind for kind in (*firecrackers, *qemus)}
+    assert set(base.split()) == {"mnt" if kind == "mount" else kind for kind in qemus}
+    assert {*base.split(), *more.split()} == named
 
 
 @pytest.mark.req("H3")
@@ -69,7 +88,7 @@ def test_the_unit_says(setting: str) -> None:
 
 
 # What `systemd-analyze security` may say at most of the unit with each of its drop-ins, and docs/privileges.md says.
-EXPOSURE = {"": 3.0, "10-firecracker.conf": 3.4, "10-emulation.conf": 3.0}
+EXPOSURE = {"": 3.0, "10-firecracker.conf": 3.5, "10-emulation.conf": 3.0}
 
 
 @pytest.mark.req("H7")

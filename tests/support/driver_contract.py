@@ -120,7 +120,7 @@ def clean_runtime(world: World, plan: InstancePlan) -> Iterator[None]:
         for entry in os.listdir(runtime) if runtime.is_dir() else ():
             if entry not in ("logs", "metrics"):
                 remove_tree(runtime / entry)
-        network.remove_tap(plan.network.tap)
+        network.remove_port(plan.network.tap)
 
 
 def make_origin(world: World, plan: InstancePlan, probe: Probe, folder: Path, boot_s: float) -> Origin:

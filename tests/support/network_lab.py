@@ -1,16 +1,20 @@
 """A node with tenants and an internet around it, in two network namespaces of the test's own.
 
-The guests are real taps whose other end is held here, so a test sends any frame it likes, and sees every frame that a
-guest would get. The internet is a namespace behind the node's uplink, with a packet socket that hears what arrives.
+The guests are real taps, on the node or in namespaces of their own, whose other end is held here, so a test sends any
+frame it likes, and sees every frame that a guest would get. The internet is a namespace behind the node's uplink, with
+a packet socket that hears what arrives.
 
     guests (tap descriptors) - bridges - node: up0 192.0.2.2/24 - in0 192.0.2.1/24: internet, addresses on lo
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +26,7 @@ from tests.support.world import network_namespace
 from mvm.core import addressing, firewall
 from mvm.core.firewall import Guest, HostNetwork, Policy
 from mvm.core.spec import EgressRule
-from mvm.hostd.resources import forwarding, network, nftables
+from mvm.hostd.resources import forwarding, network, nftables, private_tap
 from mvm.linux import process
 
 _CLONE_NEWNET = 0x40000000
@@ -55,11 +59,25 @@ def inside(namespace: int) -> Iterator[None]:
         os.close(home)
 
 
+def take_tap(namespace: int | None, name: str) -> int:
+    """Open a tap by its name, as Firecracker does, in the namespace behind the descriptor (None: in this thread's)."""
+    fd = -1
+    try:
+        with contextlib.nullcontext() if namespace is None else inside(namespace):
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x2 | 0x1000 | 0x4000))
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        raise
+    return fd
+
+
 class Port:
-    """One guest's end of its tap."""
+    """One guest's end of its tap. `namespace`: the one its tap is in, if it has one of its own; else -1."""
 
     def __init__(self, index: int, slot: int, fd: int) -> None:
-        self.index, self.fd = index, fd
+        self.index, self.fd, self.namespace = index, fd, -1
         self.tap = addressing.tap_name(index, slot)
         self.ip = addressing.instance_ip(index, slot)
         self.mac = f"02:00:00:00:{index:02x}:{slot:02x}"
@@ -145,9 +163,10 @@ class Port:
 
 
 class Lab:
-    def __init__(self, internet: int, ear: socket.socket, stack: ExitStack) -> None:
-        self.internet, self._ear, self._stack = internet, ear, stack
+    def __init__(self, internet: int, ear: socket.socket, stack: ExitStack, *, private: bool) -> None:
+        self.internet, self._ear, self._stack, self.private = internet, ear, stack, private
         self.policy = Policy()
+        self.ports: dict[str, Port] = {}
         self._open: set[int] = set()
 
     def own(self, fd: int) -> None:
@@ -184,8 +203,14 @@ class Lab:
         nftables.apply(self.policy)
         forwarding.open_uplinks(self.policy.host.uplinks)
         for place in places:
-            place.fd = network.open_tap(place.tap, 0, bridge)
+            if self.private:
+                place.namespace = private_tap.open_private_tap(place.tap, 0, bridge)
+                self.own(place.namespace)
+                place.fd = take_tap(place.namespace, place.tap)
+            else:
+                place.fd = network.open_tap(place.tap, 0, bridge)
             self.own(place.fd)
+            self.ports[place.tap] = place
             # The kernel takes up to a second to let a bridge speak that has just got its first port.
             assert any(place.greet() for _ in range(12)), "the gateway answers to an honest guest"
         return places
@@ -203,7 +228,8 @@ _PEER = frames.mac("02:ee:00:00:00:01")
 
 
 @contextmanager
-def network_lab() -> Iterator[Lab]:
+def network_lab(*, private: bool = False) -> Iterator[Lab]:
+    """`private`: every guest's tap in a namespace of its own, opened by name."""
     with ExitStack() as stack, network_namespace():
         node = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, node)
@@ -229,7 +255,7 @@ def network_lab() -> Iterator[Lab]:
             ip("route", "add", "default", "via", NEIGHBOUR_OF_THE_HOST)
             _await_carrier("up0")
             # Everything the packets need is loaded, and none of it was sent by a guest.
-            yield Lab(internet, ear, stack)
+            yield Lab(internet, ear, stack, private=private)
 
 
 def _await_carrier(link: str) -> None:

@@ -124,9 +124,10 @@ class Ledger(msgspec.Struct, frozen=True):
 class Seen(msgspec.Struct, frozen=True):
     """An object as the kernel or the file system shows it.
 
-    `in_use`: a tap somebody has open, a bridge with ports, a cgroup with processes, a mapping somebody has open.
-    `below_root`: whether what it is made from lies below the state root, None where that does not apply or
-    cannot be told. `proper`: it is what mvm makes under such a name (a bridge, not a dummy; no half of a disk).
+    `in_use`: a tap somebody has open, a veth whose other end is up, a bridge with ports, a cgroup with processes, a
+    mapping somebody has open. `below_root`: whether what it is made from lies below the state root, None where that
+    does not apply or cannot be told. `proper`: it is what mvm makes under such a name (a bridge, not a dummy; no half
+    of a disk).
     """
 
     kind: Kind

@@ -1,7 +1,7 @@
 """From a plan to a machine: open everything a VMM is started with, and close it again afterwards.
 
-What is opened here is handed to the VMM as descriptors and closed on our side; the tap, the opened data disk and the
-secrets then live exactly as long as the VMM does.
+What is opened here is handed to the VMM as descriptors and closed on our side; the tap (or its namespace), the opened
+data disk and the secrets then live exactly as long as the VMM does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mvm.core.revision import (
 )
 from mvm.hostd import net_policy
 from mvm.hostd.keys import KeyProvider
-from mvm.hostd.resources import network, secrets_disk, secrets_store, volume
+from mvm.hostd.resources import network, private_tap, secrets_disk, secrets_store, volume
 from mvm.hostd.store import InstancePaths, Store
 from mvm.hostd.vmm.driver import Drive, Machine, Nic, Wants
 from mvm.linux.files import ensure_dir, fsync_dir, read_bounded, write_atomic
@@ -132,9 +132,9 @@ def assemble(
         with store.network_lock(tenant):
             network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
             net_policy.ensure(store, plan)
-            tap = None
+            tap = namespace = None
             if wants.tap_by_name:
-                network.create_tap(net.tap, plan.uid, net.bridge)
+                namespace = owned(private_tap.open_private_tap(net.tap, plan.uid, net.bridge))
             else:
                 tap = owned(network.open_tap(net.tap, plan.uid, net.bridge))
         folder = store.revisions_dir / plan.revision
@@ -151,7 +151,7 @@ def assemble(
                 Drive("data", data.path, read_only=False, key_fd=data.key_fd, device=data.device),
                 Drive("secrets", f"/proc/self/fd/{secrets_fd}", read_only=True),
             ),
-            nic=Nic(net.mac, tap, net.tap),
+            nic=Nic(net.mac, tap, net.tap, namespace),
             uid=plan.uid,
             gid=plan.gid,
             runtime=paths.runtime,

@@ -77,6 +77,7 @@ class Room(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`devices`: paths below /dev, bound writable at the same path. `root`: an empty directory of root's.
+    `network`: a descriptor of the network namespace to go into, in the place of a new one; `net` is then named too.
     `required`: where the kernel refuses, whether that is an error; else the program runs without, and says so.
     """
 
@@ -85,6 +86,7 @@ class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copies: tuple[Copy, ...] = ()
     devices: tuple[JailPath, ...] = ()
     namespaces: frozenset[str] = frozenset({"mount", "net", "ipc", "uts", "pid"})
+    network: int | None = None
     proc: bool = False
     pivot: bool = True
     room: Room = Room()
@@ -96,6 +98,8 @@ class Jail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"a jail has a mount namespace and others of {sorted(namespaces.FLAGS)}")
         if self.proc and "pid" not in self.namespaces:
             raise ValueError("a /proc in the jail would show the host's processes")
+        if self.network is not None and "net" not in self.namespaces:
+            raise ValueError("a jail that has a network of its own is not in the host's")
 
 
 def unavailable(kinds: Collection[str] = ("mount", "net", "pid")) -> str:
@@ -150,7 +154,9 @@ def prepare(jail: Jail) -> None:
             trees.append((bind, *_open(bind)))
         for copy in jail.copies:
             sources.append((copy, os.open(copy.source, os.O_RDONLY | os.O_CLOEXEC)))
-        namespaces.unshare(jail.namespaces - {"pid"})
+        namespaces.unshare(jail.namespaces - ({"pid"} if jail.network is None else {"pid", "net"}))
+        if jail.network is not None:
+            namespaces.enter(jail.network, "net")
         mount.mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
         # A program that pivots by itself makes its device files and puts its code there.
         flags = mount.MS_NOSUID | (mount.MS_NODEV | mount.MS_NOEXEC if jail.pivot else 0)

@@ -229,7 +229,8 @@ def links(store: Store) -> Iterator[Seen]:
         if ledger.link_index(link.name) is None:
             continue
         if ledger.is_tap_name(link.name):
-            yield Seen(Kind.TAP, link.name, in_use=link.carrier, proper=link.kind == "tun")
+            proper = link.kind in ("tun", "veth")
+            yield Seen(Kind.TAP, link.name, in_use=link.carrier, proper=proper)
         else:
             yield Seen(Kind.BRIDGE, link.name, in_use=link.ifindex in ports, proper=link.kind == "bridge")
 
@@ -409,7 +410,7 @@ def _remove_tap(store: Store, name: str) -> None:
         found = route.find_link(name)
         if found is None:
             return
-        if found.kind != "tun" or found.carrier:
+        if found.kind not in ("tun", "veth") or found.carrier:
             raise Conflict(f"the link {name} is in use", details="Some process has it open.")
         route.execute([nl.Request(nl.RTM_DELLINK, 0, nl.link(found.ifindex), f"remove tap {name}")])
 

@@ -39,18 +39,19 @@ def fork_into_pid_namespace() -> int:
         try:
             pid = os.fork()
         except BaseException:
-            _return_to(own)
+            enter(own, "pid")
             raise
         if pid != 0:
-            _return_to(own)
+            enter(own, "pid")
         return pid
     finally:
         os.close(own)
 
 
-def _return_to(own: int) -> None:
-    if _libc.setns(own, FLAGS["pid"]) != 0:
-        raise _failed("setns(pid)")
+def enter(fd: int, name: str) -> None:
+    """Go into the namespace of this kind that `fd` is open on. OSError; KeyError for an unknown kind."""
+    if _libc.setns(fd, FLAGS[name]) != 0:
+        raise _failed(f"setns({name})")
 
 
 def _failed(what: str) -> OSError:

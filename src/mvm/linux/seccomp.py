@@ -6,7 +6,8 @@ What the filter does, in order:
     a number above all that this table's kernels know  ENOSYS, so that C libraries fall back to what they used before
     clone3                                             ENOSYS: its flags are in memory, where no filter can look
     clone, unshare with CLONE_NEWUSER                  EPERM: a new user namespace is a new set of capabilities
-    setns into anything but a PID namespace            EPERM: that one only undoes an unshare (mvm.linux.namespaces)
+    setns into anything but a PID or network namespace EPERM: the one only undoes an unshare (mvm.linux.namespaces), the
+                                                       other is made for a VMM before there is a child to be it
     socket of an address family not in FAMILIES        EAFNOSUPPORT
     ioctl TIOCSTI                                      EPERM: typing into somebody's terminal
     a call on the list                                 allowed
@@ -34,7 +35,7 @@ FAMILIES: Final = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16,
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
 _CLONE_NEWUSER: Final = 0x10000000
-_CLONE_NEWPID: Final = 0x20000000
+_CLONE_NEWPID, _CLONE_NEWNET = 0x20000000, 0x40000000
 _CLONE_NEW: Final = 0x7E020000  # any namespace: mount, cgroup, uts, ipc, user, pid, net
 _TIOCSTI: Final = 0x5412
 _CLONE3: Final = 435
@@ -165,7 +166,8 @@ def program() -> list[Instruction]:
     made += _if_call(
         table["unshare"], [_argument(0), Instruction(_JSET, 0, 1, _CLONE_NEWUSER), _return(refuse)]
     )
-    made += _if_call(table["setns"], [_argument(1), Instruction(_JEQ, 1, 0, _CLONE_NEWPID), _return(refuse)])
+    kinds = [Instruction(_JEQ, 2, 0, _CLONE_NEWPID), Instruction(_JEQ, 1, 0, _CLONE_NEWNET)]
+    made += _if_call(table["setns"], [_argument(1), *kinds, _return(refuse)])
     made += _if_call(table["ioctl"], [_argument(1), Instruction(_JEQ, 0, 1, _TIOCSTI), _return(refuse)])
     families = [Instruction(_JEQ, len(FAMILIES) - at, 0, value) for at, value in enumerate(FAMILIES.values())]
     made += _if_call(table["socket"], [_argument(0), *families, _return(_ERRNO | errno.EAFNOSUPPORT)])

@@ -15,16 +15,20 @@ import msgspec
 import pytest
 from tests.support.fake_firecracker import install
 from tests.support.firecracker_world import FirecrackerWorld, PlainDiskDriver, firecracker_world
+from tests.support.network_lab import inside
 
 from mvm.core.errors import IntegrityError, MissingPrerequisite, MvmError, Refused, VmmError
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan
 from mvm.hostd import keeper
+from mvm.hostd.inspect.process import read_process
+from mvm.hostd.resources import network
 from mvm.hostd.vmm.driver import Machine
 from mvm.hostd.vmm.firecracker import jail
 from mvm.hostd.vmm.firecracker import vm as vms
 from mvm.hostd.vmm.firecracker.driver import Filter
 from mvm.hostd.vmm.firecracker.programs import inspect
+from mvm.linux.pidfd import is_alive
 from mvm.linux.process import run
 
 pytestmark = pytest.mark.root
@@ -228,6 +232,65 @@ def test_killed_in_the_middle_of_a_wake(world: FirecrackerWorld, step: str) -> N
     world.assert_nothing_runs(plan, sleeping=True)
     world.host().wake_instance(plan)
     world.assert_runs(plan)
+
+
+def _links_of(pid: int) -> dict[str, str]:
+    """Name -> kind of what is up in a process's network."""
+    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with inside(namespace):
+            return {name: link.kind for name, link in network.inspect().items() if link.up}
+    finally:
+        os.close(namespace)
+
+
+@pytest.mark.req("H4", "N1", "S1")
+def test_it_has_a_network_of_its_own_with_the_tap_it_slept_with(world: FirecrackerWorld) -> None:
+    plan, host = world.plan(), world.host()
+    host.create_instance(plan)
+    net = plan.network
+    before = ""
+    for _ in range(2):
+        identity = world.record(plan).process
+        assert identity is not None
+        for kind in ("net", "ipc", "pid", "mnt"):
+            assert os.readlink(f"/proc/{identity.pid}/ns/{kind}") != os.readlink(
+                f"/proc/thread-self/ns/{kind}"
+            )
+        facts = read_process(identity.pid, (), "")
+        assert facts is not None
+        assert {"mnt", "net", "pid"} <= set(facts.own_namespaces)
+        assert (facts.root, facts.apart) == ("own", False), "what posture judges"
+        expected = {net.tap: "tun", "mvm-in": "bridge", "mvm-out": "veth"}
+        assert _links_of(identity.pid) == expected
+        port = network.inspect()[net.tap]
+        assert (port.kind, port.master, port.isolated, port.up) == ("veth", net.bridge, True, True)
+        config = json.loads(world.paths(plan).fc_config.read_bytes())
+        (interface,) = config["network-interfaces"]
+        assert (interface["host_dev_name"], interface["guest_mac"]) == (net.tap, net.mac)
+        assert before in ("", interface["guest_mac"])
+        before = interface["guest_mac"]
+        host.sleep_instance(plan.instance)
+        assert world.links() == set()
+        host.wake_instance(plan)
+
+
+@pytest.mark.req("L3", "L7")
+@pytest.mark.parametrize("victim", ["vmm", "keeper"])
+def test_killed_its_network_goes_though_nobody_cleans_up(world: FirecrackerWorld, victim: str) -> None:
+    plan, host = world.plan(), world.host()
+    host.create_instance(plan)
+    identity = world.record(plan).process
+    assert identity is not None
+    pid = identity.pid if victim == "vmm" else keeper.anything_left(world.paths(plan).runtime)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while (plan.network.tap in world.links() or is_alive(identity)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert world.links() == {plan.network.bridge}
+    assert host.inspect_instance(plan.instance).state is State.FAILED
+    world.assert_nothing_runs(plan)
 
 
 @pytest.mark.req("L3", "L7")

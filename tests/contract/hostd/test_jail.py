@@ -214,6 +214,11 @@ def test_a_target_is_a_plain_absolute_path(target: str) -> None:
         msgspec.convert({"source": "/usr", "target": target}, Bind)
 
 
+def test_a_jail_in_the_hosts_network_is_given_no_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="network"):
+        Jail(root=tmp_path, namespaces=frozenset({"mount"}), network=3)
+
+
 def test_a_jail_without_its_own_processes_has_no_proc(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="host's processes"):
         Jail(root=tmp_path, namespaces=frozenset({"mount"}), proc=True)

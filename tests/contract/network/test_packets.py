@@ -31,9 +31,9 @@ from mvm.linux import process
 pytestmark = [pytest.mark.root, pytest.mark.req("N2")]
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with network_lab() as found:
+@pytest.fixture(params=["tap", "private tap"])
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with network_lab(private=request.param == "private tap") as found:
         yield found
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.support.network_lab import Lab, Port, ip, network_lab
+from tests.support.network_lab import Lab, Port, ip, network_lab, take_tap
 
 from mvm.core.errors import GuestError
 from mvm.core.ids import InstanceId, PoolId, RevisionId, TenantId
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan, plan_instance
-from mvm.core.record import ProcessIdentity, new_record
+from mvm.core.record import ProcessIdentity, VmmIdentity, new_record
 from mvm.core.spec import EgressRule, PoolSpec, changed, new_tenant
 from mvm.hostd import net_policy, net_verify
 from mvm.hostd.net_verify import Instance, active
-from mvm.hostd.resources import forwarding, network, nftables
+from mvm.hostd.resources import forwarding, network, nftables, private_tap
 from mvm.hostd.store import Store
 from mvm.linux import process
 
@@ -36,6 +36,7 @@ class Node:
         self.store.open()
         self.ports: dict[InstanceId, Port] = {}
         self.sent: list[InstanceId] = []
+        self.driver = "qemu"
 
     def tenant(self, index: int, name: str, count: int = 1, **fields: object) -> list[InstancePlan]:
         pools = (PoolSpec(id=PoolId("default"), count=count),)
@@ -44,7 +45,8 @@ class Node:
         plans = [plan_instance(spec, PoolId("default"), n, _REVISION, index, n) for n in range(count)]
         for plan in plans:
             record = new_record(plan.instance, plan.network, now_ns=1)
-            record = msgspec.structs.replace(record, state=State.RUNNING, process=_PROCESS)
+            vmm = VmmIdentity(driver=self.driver, version="1")
+            record = msgspec.structs.replace(record, state=State.RUNNING, process=_PROCESS, vmm=vmm)
             self.store.save_record(record)
             self.start(plan)
         return plans
@@ -53,8 +55,14 @@ class Node:
         net = plan.network
         network.ensure_bridge(network.BridgeSpec(net.bridge, net.gateway, net.prefix))
         net_policy.ensure(self.store, plan)
-        port = Port(net.index, net.slot, network.open_tap(net.tap, 0, net.bridge))
+        port = Port(net.index, net.slot, -1)
         port.mac = net.mac
+        if self.driver == "firecracker":
+            namespace = private_tap.open_private_tap(net.tap, 0, net.bridge)
+            self.lab.own(namespace)
+            port.fd = take_tap(namespace, net.tap)
+        else:
+            port.fd = network.open_tap(net.tap, 0, net.bridge)
         self.lab.own(port.fd)
         assert any(port.greet() for _ in range(12))
         self.ports[plan.instance] = port
@@ -288,3 +296,31 @@ def test_a_guest_that_does_not_send_is_no_proof(node: Node) -> None:
 def test_an_unknown_link_of_ours_is_reported(node: Node) -> None:
     ip("link", "add", "mvm-t9s9", "type", "veth", "peer", "name", "odd0")
     assert {where for where, _ in node.findings()} == {"mvm-t9s9"}
+
+
+@pytest.mark.req("N1", "H4")
+def test_the_kind_of_a_port_is_what_its_vmm_needs(node: Node) -> None:
+    node.driver = "firecracker"
+    (plan,) = node.tenant(3, "initech")
+    assert node.findings() == []
+    results = node.probe()
+    assert [r for r in results if not r.ok] == []
+    assert any(r.instance == str(plan.instance) and r.seen == "answered" for r in results)
+    store = node.store
+    for instance, driver, words in (
+        (plan.instance, "qemu", "it is not a tap but veth"),
+        (
+            InstanceId(TenantId("acme"), PoolId("default"), 0),
+            "firecracker",
+            "a tap of the host's own namespace",
+        ),
+    ):
+        before = store.load_record(instance)
+        other = msgspec.structs.replace(before, vmm=VmmIdentity(driver=driver, version="1"))
+        store.save_record(other)
+        ((where, what),) = node.findings()
+        assert where == before.network.tap
+        assert words in what
+        store.save_record(before)
+    ip("link", "set", plan.network.tap, "nomaster")
+    assert ("mvm-t3s0", "it is no port of any bridge, not of mvm-b3") in node.findings()

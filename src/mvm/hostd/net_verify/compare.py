@@ -124,8 +124,8 @@ def _tap(name: str, instance: Instance, live: Live) -> Iterator[Difference]:
             name, f"the tap of {instance.id} is missing, and its guest has no network", _restart(instance)
         )
         return
-    if found.kind != "tun":
-        yield Difference(name, f"it is not a tap but {found.kind or 'hardware'}", _restart(instance))
+    if found.kind != instance.port:
+        yield Difference(name, _another_kind(instance, found.kind), _restart(instance))
         return
     if found.master != net.bridge:
         what = f"it is a port of {found.master}" if found.master else "it is no port of any bridge"
@@ -142,6 +142,13 @@ def _tap(name: str, instance: Instance, live: Live) -> Iterator[Difference]:
         yield Difference(
             name, f"the host has the address {address} on it", f"ip address delete {address} dev {name}"
         )
+
+
+def _another_kind(instance: Instance, kind: str) -> str:
+    if instance.port == "tun":
+        return f"it is not a tap but {kind or 'hardware'}"
+    what = "a tap of the host's own namespace" if kind == "tun" else kind or "hardware"
+    return f"it is not the way into a namespace of the VMM's own (veth) but {what}"
 
 
 def _restart(instance: Instance) -> str:

@@ -12,15 +12,20 @@ from mvm.hostd import net_policy
 from mvm.hostd.resources import forwarding
 from mvm.hostd.store import Store
 
+_PORTS = {"firecracker": "veth"}
+"""Driver -> kind of the link on the bridge, where it is not the tap itself (`mvm.hostd.resources.private_tap`)."""
+
 
 class Instance(NamedTuple):
-    """`settled`: no step is under way. Only a settled running instance must have a tap."""
+    """`settled`: no step is under way. Only a settled running instance must have a tap. `port`: the kind of link that
+    has to have the tap's name, as its VMM needs it: `tun`, or `veth` where the tap is in the VMM's own namespace."""
 
     id: InstanceId
     network: NetworkIdentity
     state: State
     settled: bool
     generation: int
+    port: str = "tun"
 
     @property
     def has_tap(self) -> bool:
@@ -57,8 +62,10 @@ def read_expected(store: Store) -> Expected:
         unreadable += [str(i) for i in store.instances(tenant) if spec is not None and i not in found]
         for record in records:
             names.setdefault(record.network.index, str(tenant))
+            port = _PORTS.get(record.vmm.driver, "tun") if record.vmm is not None else "tun"
+            settled = record.pending is None
             instances.append(
-                Instance(record.id, record.network, record.state, record.pending is None, record.generation)
+                Instance(record.id, record.network, record.state, settled, record.generation, port)
             )
     policy = net_policy.wanted(store, forwarding.host_network())
     return Expected(policy, tuple(instances), names, tuple(unreadable))

@@ -209,7 +209,7 @@ class Context:
 
     def release_network(self) -> None:
         with self.store.network_lock(self.id.tenant):
-            network.remove_tap(self.record.network.tap)
+            network.remove_port(self.record.network.tap)
             network.remove_bridge_if_unused(self.record.network.bridge)
 
     # The guest.

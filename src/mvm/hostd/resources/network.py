@@ -3,18 +3,17 @@
 Rules. A bridge belongs to one tenant and holds the tenant's gateway address; its MAC is made from that
 address, so guests that slept keep a valid neighbour entry. A tap that is given to its VMM as a descriptor
 (`open_tap`) is NOT persistent: it exists exactly as long as some process holds it, so a dead VMM cannot leave
-one behind and there is nothing to clean up. For a VMM that opens its tap by name (`create_tap`) it is persistent,
-is the VMM's uid's alone, and is removed when the VM is released (`remove_tap`); the instance's ledger has it
-before it is made. Ports are isolated from each other before they come up (instances of one tenant reach the gateway,
-not one another). IPv6 is off before a link comes up, so not even a link-local address or a router
-solicitation is ever sent.
+one behind and there is nothing to clean up. A VMM that opens its tap by name has it in a network namespace of
+its own, and on the bridge a port of the tap's name (`private_tap`). Ports are isolated from each other before
+they come up (instances of one tenant reach the gateway, not one another). IPv6 is off before a link comes up, so
+not even a link-local address or a router solicitation is ever sent.
 
 `render_*` and `parse_links` are pure. The functions that act change the network namespace of the calling
 thread. They go through rtnetlink directly (docs/adr/0002); `inspect` reads back through `ip`, so what
 checks is not what wrote.
 
-Ordering, by the caller, under the tenant's lock: `ensure_bridge`, then `open_tap`;
-or `create_tap`; `remove_tap` when no VMM is left; `remove_bridge_if_unused` at any time.
+Ordering, by the caller, under the tenant's lock: `ensure_bridge`, then `open_tap` or `open_private_tap`;
+`remove_port` when no VMM is left; `remove_bridge_if_unused` at any time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import errno
 import os
 import re
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 _AF_BRIDGE = 7
 _TUN = "/dev/net/tun"
-_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
+_TUNSETIFF, _TUNSETOWNER = 0x400454CA, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x2, 0x1000, 0x4000, 0x8000
 _IFREQ = struct.Struct("16sH22x")
 _OCTETS = frozenset(str(n) for n in range(256))
@@ -97,8 +96,8 @@ def check_link_name(name: str) -> str:
     raise InvalidInput(f"{name!r} cannot name a link", details="1 to 15 of a-z, 0-9 and -")
 
 
-def render_bridge(spec: BridgeSpec) -> nl.Request:
-    """The request that creates the bridge, down and without address."""
+def bridge_kind() -> bytes:
+    """The attribute that makes a new link a bridge: one that passes frames on from the first, and sends none itself."""
     # Snooping off: with it the bridge itself joins a multicast group and says so to every guest.
     data = nl.nested(
         nl.IFLA_INFO_DATA,
@@ -106,11 +105,16 @@ def render_bridge(spec: BridgeSpec) -> nl.Request:
         nl.u32(nl.IFLA_BR_FORWARD_DELAY, 0),
         nl.u8(nl.IFLA_BR_MCAST_SNOOPING, 0),
     )
+    return nl.nested(nl.IFLA_LINKINFO, nl.attribute(nl.IFLA_INFO_KIND, b"bridge"), data)
+
+
+def render_bridge(spec: BridgeSpec) -> nl.Request:
+    """The request that creates the bridge, down and without address."""
     body = nl.link(
         0,
         nl.text(nl.IFLA_IFNAME, check_link_name(spec.name)),
         nl.attribute(nl.IFLA_ADDRESS, bytes.fromhex(spec.mac.replace(":", ""))),
-        nl.nested(nl.IFLA_LINKINFO, nl.attribute(nl.IFLA_INFO_KIND, b"bridge"), data),
+        bridge_kind(),
     )
     return nl.Request(nl.RTM_NEWLINK, nl.NLM_F_CREATE | nl.NLM_F_EXCL, body, f"create bridge {spec.name}")
 
@@ -164,7 +168,7 @@ def ensure_bridge(spec: BridgeSpec) -> None:
             except FileExistsError:
                 pass  # made by somebody else in between; checked below
             except OSError as error:
-                _explain(error, f"create the bridge {spec.name}")
+                explain(error, f"create the bridge {spec.name}")
             found = route.find_link(spec.name)
         if found is None or found.kind != "bridge":
             kind = "gone again" if found is None else f"of type {found.kind or 'hardware'}"
@@ -177,7 +181,7 @@ def ensure_bridge(spec: BridgeSpec) -> None:
         try:
             route.execute(render_bridge_state(spec, found, route.addresses()))
         except OSError as error:
-            _explain(error, f"set up the bridge {spec.name}")
+            explain(error, f"set up the bridge {spec.name}")
 
 
 def open_tap(name: str, owner_uid: int, bridge: str) -> int:
@@ -187,73 +191,80 @@ def open_tap(name: str, owner_uid: int, bridge: str) -> int:
     The tap vanishes with the last descriptor. `owner_uid` is the only user that could attach to it by name.
     Conflict if a tap of that name exists, which means that a VMM still runs.
     """
-    import fcntl
-
+    fd = open_tun()
     try:
-        fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise MissingPrerequisite(
-            f"{_TUN} cannot be opened",
-            details=str(error),
-            resolution="run as root, and load the module: modprobe tun",
-        ) from error
-    try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
-        try:
-            fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(check_link_name(name).encode(), flags))
-        except OSError as error:
-            if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
-                raise Conflict(
-                    f"the link {name} exists already",
-                    details="a tap lives as long as the process that holds it, so its VMM still runs",
-                    resolution=f"find the process: grep -l {name} /proc/*/fdinfo/*",
-                ) from error
-            _explain(error, f"create the tap {name}")
-        fcntl.ioctl(fd, _TUNSETOWNER, owner_uid)
-        disable_ipv6(name)
-        with nl.Netlink() as route:
-            master = route.find_link(bridge)
-            tap = route.find_link(name)
-            if master is None or master.kind != "bridge" or tap is None:
-                raise Conflict(f"there is no bridge {bridge} to attach {name} to")
-            try:
-                route.execute(render_port(tap.ifindex, master.ifindex, name))
-            except OSError as error:
-                _explain(error, f"attach {name} to {bridge}")
+        name_tap(fd, name, owner_uid)
+        plug(name, bridge)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def create_tap(name: str, owner_uid: int, bridge: str) -> None:
-    """As `open_tap`, but a tap that stays, for `owner_uid` to open by name. One that nobody has open is replaced."""
+def open_tun() -> int:
+    """An owned descriptor that a tap of this thread's namespace can be made with."""
+    try:
+        return os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise MissingPrerequisite(
+            f"{_TUN} cannot be opened",
+            details=str(error),
+            resolution="run as root, and load the module: modprobe tun",
+        ) from error
+
+
+def name_tap(fd: int, name: str, owner_uid: int) -> None:
+    """Make the tap of `open_tun`'s descriptor. Conflict if the name is taken."""
     import fcntl
 
-    remove_tap(name)
-    fd = open_tap(name, owner_uid, bridge)
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
     try:
-        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
-    finally:
-        os.close(fd)
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(check_link_name(name).encode(), flags))
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
+            raise Conflict(
+                f"the link {name} exists already",
+                details="a tap lives as long as the process that holds it, so its VMM still runs",
+                resolution=f"find the process: grep -l {name} /proc/*/fdinfo/*",
+            ) from error
+        explain(error, f"create the tap {name}")
+    fcntl.ioctl(fd, _TUNSETOWNER, owner_uid)
 
 
-def remove_tap(name: str) -> None:
-    """Remove a tap if it is there. Conflict if somebody has it open, or it is something else."""
+def plug(name: str, bridge: str) -> None:
+    """Make a new link, down, a port of `bridge` as ports have to be. Conflict if there is no such bridge."""
+    disable_ipv6(name)
+    with nl.Netlink() as route:
+        master = route.find_link(bridge)
+        port = route.find_link(name)
+        if master is None or master.kind != "bridge" or port is None:
+            raise Conflict(f"there is no bridge {bridge} to attach {name} to")
+        try:
+            route.execute(render_port(port.ifindex, master.ifindex, name))
+        except OSError as error:
+            explain(error, f"attach {name} to {bridge}")
+
+
+def remove_port(name: str) -> None:
+    """Remove what a VMM that has ended left of its port, if it is there: the kernel removes a namespace later than its
+    last process, and earlier versions of mvm made taps that stay.
+
+    Conflict if it is a tap that somebody has open, or nothing of ours. The caller knows that no VMM is left.
+    """
     with nl.Netlink() as route:
         found = route.find_link(check_link_name(name))
         if found is None:
             return
-        if found.kind != "tun" or found.carrier:
+        if found.kind != "veth" and (found.kind != "tun" or found.carrier):
             raise Conflict(
-                f"the tap {name} cannot be removed",
+                f"the port {name} cannot be removed",
                 details="a process has it open"
                 if found.kind == "tun"
                 else f"it is of type {found.kind or 'hardware'}",
                 resolution=f"find the process: grep -l {name} /proc/*/fdinfo/*",
             )
         try:
-            route.execute([nl.Request(nl.RTM_DELLINK, 0, nl.link(found.ifindex), f"remove tap {name}")])
+            route.execute([nl.Request(nl.RTM_DELLINK, 0, nl.link(found.ifindex), f"remove port {name}")])
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
@@ -365,7 +376,7 @@ def _observed(row: _Row) -> ObservedLink:
     )
 
 
-def _explain(error: OSError, doing: str) -> None:
+def explain(error: OSError, doing: str, *, module: str = "bridge") -> NoReturn:
     """Re-raise a refusal for lack of privilege or support as what the operator can act on."""
     if error.errno in (errno.EPERM, errno.EACCES):
         raise MissingPrerequisite(
@@ -373,6 +384,6 @@ def _explain(error: OSError, doing: str) -> None:
         ) from error
     if error.errno == errno.EOPNOTSUPP:
         raise MissingPrerequisite(
-            f"the kernel cannot {doing}", details=str(error), resolution="load the module: modprobe bridge"
+            f"the kernel cannot {doing}", details=str(error), resolution=f"load the module: modprobe {module}"
         ) from error
     raise error

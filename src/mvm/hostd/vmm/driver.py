@@ -11,7 +11,8 @@ Life of a VM, in the only legal order:
     adopt(identity, runtime)  -> Vm                   the same VM from another process of ours
 
 A VM is three processes at most and owns nothing beyond them: the VMM, its keeper (`mvm.hostd.keeper`). When the
-VMM ends, by whatever hand, its sockets stay behind as names in the runtime directory and everything else is gone.
+VMM ends, by whatever hand, its sockets stay behind as names in the runtime directory and everything else is gone (the
+kernel takes a moment for a network namespace).
 Differences between VMMs are in `Capabilities`; there are no methods that some driver does not implement.
 """
 
@@ -59,7 +60,7 @@ class Drive(msgspec.Struct, frozen=True):
 class Wants(msgspec.Struct, frozen=True):
     """What a driver has to be given otherwise than by default.
 
-    `tap_by_name`: the VMM opens its tap by name, so the tap has to be one that stays until it is removed; else it is
+    `tap_by_name`: the VMM opens its tap by name, so the tap is in a network namespace of the VMM's own; else it is
     given as a descriptor, and lives as long as the VMM holds that. `paths`: under which names it will find its files,
     if they are not the host's.
     """
@@ -69,11 +70,13 @@ class Wants(msgspec.Struct, frozen=True):
 
 
 class Nic(msgspec.Struct, frozen=True):
-    """The guest's eth0, on its bridge already. `fd`: an open tap, None for one that is opened by its `name`."""
+    """The guest's eth0, on its bridge already. `fd`: an open tap, None for one that is opened by its `name`, in the
+    network namespace that `namespace` is open on."""
 
     mac: str
     fd: int | None
     name: str = ""
+    namespace: int | None = None
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -57,6 +57,17 @@ def test_what_is_in_the_jail() -> None:
     assert made.required
 
 
+@pytest.mark.req("H4", "N1")
+@pytest.mark.parametrize(
+    ("nic", "network"),
+    [(None, None), (Nic("0a:00:00:00:00:01", None, "mvm-t1s0", 7), 7)],
+)
+def test_its_network_is_its_taps_or_has_nothing(nic: Nic | None, network: int | None) -> None:
+    made = jail(PROGRAMS, msgspec.structs.replace(MACHINE, nic=nic), Path("/i/jail"), None)
+    assert made.namespaces == {"mount", "net", "ipc"}
+    assert made.network == network
+
+
 def test_a_woken_guest_gets_its_memory_and_no_kernel() -> None:
     targets = {Path(bind.target).name for bind in jail(PROGRAMS, MACHINE, Path("/i/jail"), 5).binds}
     assert targets == {"log", "metrics", "memory", "rootfs"}

@@ -111,8 +111,9 @@ def jail(programs: Programs, machine: Machine, root: Path, memory: int | None) -
         root=root,
         binds=tuple(binds),
         copies=tuple(copies),
-        # Not `net`: taps are opened by name, on the host's bridges. `pid` is the keeper's and the VMM's in common.
-        namespaces=frozenset({"mount"}),
+        # `pid` is the keeper's and the VMM's in common.
+        namespaces=frozenset({"mount", "net", "ipc"}),
+        network=None if machine.nic is None else machine.nic.namespace,
         pivot=False,
         room=Room(ROOM_BYTES, ROOM_FILES),
     )
