@@ -233,7 +233,9 @@ def test_an_interrupted_upgrade_leaves_the_old_and_goes_on_next_time(
     new = os.readlink(root / "opt/mvm")
     assert new != old
     assert run(root / "usr/bin/mvm", "--version")
-    assert releases(root) == {Path(old).name, Path(new).name}, "the one before stays, for what still runs from it"
+    assert releases(root) == {Path(old).name, Path(new).name}, (
+        "the one before stays, for what still runs from it"
+    )
     # Back again is one more install.
     release.install(root)
     assert os.readlink(root / "opt/mvm") == old
