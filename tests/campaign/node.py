@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.node.conftest import Rig
+from tests.node.conftest import START_S, Rig
 
 LOOK = (Path(__file__).parent / "in_node.py").read_bytes()
 KILLS = (Path(__file__).parent / "node_kills.py").read_bytes()
@@ -102,7 +102,7 @@ class NodeCampaign:
         thread.join(READY_S)
         assert not thread.is_alive()
         assert self._hung == [], f"did not end when the node's power went: {self._hung}"
-        self.rig.mvm("start", timeout=READY_S)
+        self.rig.mvm("start", timeout=START_S)
         seen = self.look()
         assert seen["counts"]["processes"] == seen["counts"]["links"] == 0, seen
         self._settled()
@@ -167,7 +167,7 @@ def node_campaign(
             for one in range(times if kind == "power" else 0):
                 campaign.lose_power()
                 tell(f"node: {number + one + 1} of {len(order)} (power); {campaign.states}")
-        except AssertionError as error:
+        except (AssertionError, subprocess.TimeoutExpired) as error:
             where = f"after {number} of {len(order)} turns, in {times} of kind {kind}"
             raise AssertionError(f"seed {seed}, {where}, {dict(campaign.counts)}: {error}") from error
         number += times

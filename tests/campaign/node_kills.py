@@ -138,7 +138,9 @@ def check_mark(entry: Any, tenant: str, marks: dict[str, list[int]], number: int
 
 
 def one(entry: Any, rng: random.Random, states: dict[str, str], longest: dict[str, float]) -> dict[str, Any]:
-    tenant = rng.choice(sorted(states))
+    awake = [tenant for tenant in sorted(states) if states[tenant] in ("running", "sleeping")]
+    # Of those that have a life to lose, mostly: a start that is killed leaves nothing for the next to be.
+    tenant = rng.choice(awake if awake and rng.random() < 0.8 else sorted(states))
     verb = rng.choice(VERBS[states[tenant]])
     victim = main_pid()
     began = time.monotonic()
@@ -169,6 +171,9 @@ def main(config: dict[str, Any], look_source: str) -> None:
         entry = load()
         states = look(look_source, marks)
         for _ in range(config["kills"]):
+            if not {"running", "sleeping"} & set(states.values()):
+                mvm(entry, "tenant", "run", rng.choice(sorted(states)))
+                states = look(look_source, marks)
             line = one(entry, rng, states, longest)
             states = look(look_source, marks)
             checked = 0
