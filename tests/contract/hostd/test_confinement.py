@@ -20,6 +20,7 @@ from mvm.hostd.ledger import recover_node
 from mvm.hostd.operations import confinement
 from mvm.hostd.resources import cgroup, dm_crypt
 from mvm.hostd.resources.cgroup import SLICE, Groups, Limits
+from mvm.hostd.vmm.driver import Capabilities
 from mvm.linux.machine import cgroup_version
 
 pytestmark = pytest.mark.root
@@ -138,7 +139,7 @@ def test_a_vmm_that_is_elsewhere_is_ended(
 
 
 @pytest.mark.req("H4", "H5", "K1")
-@pytest.mark.parametrize("lacking", ["jail", "groups", "dm-crypt"])
+@pytest.mark.parametrize("lacking", ["jail", "groups", "dm-crypt", "kvm"])
 def test_baseline_starts_nothing_on_a_host_that_lacks_something(
     world: FakeWorld, groups: WithoutControllers, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
@@ -151,6 +152,9 @@ def test_baseline_starts_nothing_on_a_host_that_lacks_something(
                 ("groups", groups, "available"),
             ):
                 host.setattr(where, asked, lambda name=name: f"no {name} today" if name == lacking else "")
+            if lacking == "kvm":
+                emulated = Capabilities(incremental=True, accel="tcg", accel_reason="no kvm today")
+                host.setattr(world.driver, "capabilities", lambda kernel, initrd: emulated)
             with pytest.raises(MissingPrerequisite, match="baseline mode") as caught:
                 yield
         assert caught.value.details.endswith(f": no {lacking} today")
@@ -191,7 +195,7 @@ def test_development_mode_does_with_what_there_is_and_says_so(
         assert found == (without, "without a jail: unshare: Operation not permitted")
         world.host().stop_instance(plan.instance)
         assert world.record(plan).unconfined == ()
-        monkeypatch.setattr(confinement, "require", lambda context: None)
+        monkeypatch.setattr(confinement, "require", lambda context, plan: None)
         with pytest.raises(MissingPrerequisite, match="no control group"):
             Host(world.store, world.keys, world.driver, baseline=True).create_instance(plan)
         world.assert_nothing_runs(plan)

@@ -14,6 +14,8 @@ import msgspec
 
 from mvm.core import limits
 from mvm.core.errors import MissingPrerequisite
+from mvm.core.plan import InstancePlan
+from mvm.core.revision import INITRD, KERNEL
 from mvm.hostd import jail, keeper
 from mvm.hostd.operations.context import Context
 from mvm.hostd.resources import cgroup, dm_crypt
@@ -27,8 +29,10 @@ class Confined(NamedTuple):
     unlimited: str
 
 
-def require(context: Context) -> None:
-    """MissingPrerequisite in baseline mode unless the host has jails, control groups and dm-crypt. Changes nothing."""
+def require(context: Context, plan: InstancePlan) -> None:
+    """MissingPrerequisite in baseline mode unless the host has jails, control groups, dm-crypt and KVM for the plan's
+    kernel. Changes nothing.
+    """
     if not context.baseline:
         return
     missing = [
@@ -37,6 +41,7 @@ def require(context: Context) -> None:
             ("the VMM's jail", jail.unavailable()),
             ("control groups", cgroup.groups(context.store.root).available()),
             ("encryption of data disks by the kernel", dm_crypt.unavailable()),
+            ("virtualisation by the processor", _emulated(context, plan)),
         )
         if why
     ]
@@ -44,8 +49,15 @@ def require(context: Context) -> None:
         raise MissingPrerequisite(
             f"{context.id} does not start: this host lacks what baseline mode demands",
             details="\n".join(missing),
-            resolution="See: mvm doctor. For one user's own machine: mvm bootstrap --mode development",
+            resolution="See: mvm doctor. For one user's own machine: mvm bootstrap --development",
         )
+
+
+def _emulated(context: Context, plan: InstancePlan) -> str:
+    """Why the guest would be emulated, "" if it would not. An emulator is no boundary that anybody vouches for."""
+    folder = context.store.revisions_dir / plan.revision
+    found = context.driver.capabilities(folder / KERNEL, folder / INITRD)
+    return (found.accel_reason or "there is only emulation") if found.accel == "tcg" else ""
 
 
 def confine(context: Context, machine: Machine) -> Confined:

@@ -27,7 +27,7 @@ def start(context: Context, plan: InstancePlan) -> None:
     context.driver.version()
     require_memory(plan)
     net_policy.require()
-    confinement.require(context)
+    confinement.require(context, plan)
     with context.step(Action.RUN) as due:
         if not due:
             return

@@ -32,7 +32,7 @@ def wake(context: Context, plan: InstancePlan) -> None:
     revision = load_revision(context.store, plan)
     require_memory(plan)
     net_policy.require()
-    confinement.require(context)
+    confinement.require(context, plan)
     ref = context.record.snapshot
     with context.step(Action.WAKE, ref.id if ref is not None else None) as due:
         if not due or ref is None:
