@@ -25,6 +25,12 @@ class Guests:
         self._built.mvm("tenant", "create", "acme", "--flake", "nix/embedded", *SIZE)
         self._built.mvm("tenant", "build", "acme", timeout=BUILD_S)
 
+    @property
+    def revision(self) -> Path:
+        """The directory of the revision on this computer."""
+        (folder,) = (self._built.root / "revisions").iterdir()
+        return folder
+
     def create(self, tenant: str) -> str:
         self._rig.sh(f"mvm tenant create {tenant} --flake nix/embedded {' '.join(SIZE)}")
         out = io.BytesIO()
