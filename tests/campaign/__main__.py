@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         "--injected", type=int, default=10_000, metavar="N", help="crashes on the simulated node"
     )
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="of mvm-hostd, with the fake VMM")
-    parser.add_argument("--node-kills", type=int, default=10, metavar="N", help="of the installed mvm-hostd")
+    parser.add_argument("--node-kills", type=int, default=100, metavar="N", help="of the installed mvm-hostd")
     parser.add_argument("--power-losses", type=int, default=10, metavar="N", help="of a development node")
     parser.add_argument("--seed", type=int, help="to repeat a campaign; by default a new one")
     given = parser.parse_args(argv)

@@ -93,6 +93,8 @@ class NodeCampaign:
 
     def lose_power(self) -> None:
         """One loss of the node's power at a random moment of a random operation."""
+        if not {"running", "sleeping"} & set(self.states.values()):
+            self._settled()
         tenant, verb = self._choose()
         self.counts[f"power lost in {verb}"] += 1
         thread = threading.Thread(target=self._attempt, args=(f"mvm tenant {verb} {tenant}",))
@@ -122,10 +124,13 @@ class NodeCampaign:
         """Every guest that is to be had: what it said it had synced is there, and it syncs the next number."""
         for state in self.states.values():
             self.counts[f"then {state}"] += 1
+        awake = {tenant for tenant, state in self.states.items() if state in ("running", "sleeping")}
         for tenant, state in list(self.states.items()):
-            if state == "created":
+            # Where every life is cut short in its first start, nothing else is ever tried.
+            if awake and state == "created":
                 continue
-            if state != "running" and self.rng.random() < 0.7:
+            if state != "running" and (not awake or self.rng.random() < 0.7):
+                awake.add(tenant)
                 self.rig.sh(
                     f"mvm tenant {'wake' if state == 'sleeping' else 'run'} {tenant}", timeout=READY_S
                 )
