@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import struct
+import threading
 import sys
 import time
 from collections.abc import Iterator
@@ -123,6 +124,18 @@ def test_all_of_it_goes_with_its_descriptor(bridge: str) -> None:
     assert gone(TAP)
     assert set(network.inspect()) == {"lo", bridge}
     assert network.remove_bridge_if_unused(bridge)
+
+
+@pytest.mark.req("L7")
+def test_a_port_that_is_on_its_way_out_is_waited_for(bridge: str) -> None:
+    """A VMM has ended a moment ago, and the kernel has not come to its namespace yet."""
+    earlier = open_private_tap(TAP, UID, bridge)
+    later = threading.Timer(0.2, os.close, [earlier])
+    later.start()
+    try:
+        os.close(open_private_tap(TAP, UID, bridge))
+    finally:
+        later.join()
 
 
 @pytest.mark.req("L7")

@@ -26,6 +26,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from typing import Final
 
 from mvm.core.errors import Conflict
@@ -37,15 +38,17 @@ _TUNSETIFINDEX, _TUNSETPERSIST = 0x400454DA, 0x400454CB
 _BRIDGE, _OUT, _TAP = 100, 101, 102
 """Interface indices, chosen by us: the namespace is new, and so one batch of requests can name what it makes."""
 _GEN_MODE_NONE: Final = 1
+_GONE_S: Final = 2.0
 
 
 def open_private_tap(name: str, owner_uid: int, bridge: str) -> int:
     """An owned descriptor of a new network namespace with a tap `name` in it, whose frames come out of the port `name`
     of `bridge`. Only `owner_uid` can attach to it, by name.
 
-    Everything ends with the descriptor and the last process inside. Conflict if a link of that name exists.
+    Everything ends with the descriptor and the last process inside. Conflict if a link of that name exists and stays.
     """
     network.check_link_name(name)
+    _await_gone(name)
     made: list[int | BaseException] = []
     outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -72,6 +75,17 @@ def open_private_tap(name: str, owner_uid: int, bridge: str) -> int:
         network.remove_port(name)
         raise
     return result
+
+
+def _await_gone(name: str) -> None:
+    """Give the port of a VMM that has just ended its time: the kernel takes namespaces down in its own good one."""
+    deadline = time.monotonic() + _GONE_S
+    with nl.Netlink() as route:
+        while time.monotonic() < deadline:
+            found = route.find_link(name)
+            if found is None or found.kind != "veth":
+                return
+            time.sleep(0.005)
 
 
 def render_inside(name: str, outside: int) -> list[nl.Request]:
