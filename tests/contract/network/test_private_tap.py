@@ -10,8 +10,8 @@ import re
 import signal
 import socket
 import struct
-import threading
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
