@@ -346,14 +346,32 @@ def _keeper(
         os.close(tell)
         drain(logs, pidfd)
         _, status = os.waitpid(pid, 0)
+        # A VMM that is killed says nothing of it.
+        logs[words].write(describe_end(status).encode())
         write_atomic(runtime / EXIT_FILE, str(status).encode())
     except BaseException as error:
         try:
             os.write(tell, f"failed {error}".encode()[:4000])
-        except OSError:
-            pass
+        except OSError:  # it was told before; the VMM ends with us, and somebody will want to know why
+            _note(errors, f"its keeper failed: {error!r}\n")
     finally:
         os._exit(0)
+
+
+def describe_end(status: int) -> str:
+    """A line on a wait status that is not an orderly exit, "" for one that is."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"the VMM was ended by signal {-code} ({signal.strsignal(-code) or 'unknown'})\n"
+    return f"the VMM ended with exit code {code}\n" if code else ""
+
+
+def _note(log: Path, text: str) -> None:
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        pass  # a full disk, most likely
 
 
 def _outside(pidfd: int) -> int:

@@ -88,6 +88,23 @@ def test_a_program_that_is_not_there_is_an_error_with_its_words(runtime: Path, s
     assert "/no/such/vmm" in (runtime / "logs" / "vmm.log").read_text()
 
 
+@pytest.mark.req("L3")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("kill -9 $$", "the VMM was ended by signal 9 (Killed)\n"),
+        ("exit 3", "the VMM ended with exit code 3\n"),
+        ("", ""),
+    ],
+)
+def test_an_end_that_was_not_orderly_is_in_the_log(
+    runtime: Path, start: Start, script: str, said: str
+) -> None:
+    start(f"sleep 0.1; {script}")
+    assert keeper.await_end(runtime)
+    assert (runtime / "logs" / "vmm.log").read_text() == said
+
+
 @pytest.mark.req("H4")
 def test_it_can_make_no_file_larger_than_it_may(runtime: Path, tmp_path: Path) -> None:
     image = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT, 0o600)
