@@ -17,7 +17,7 @@ import fcntl
 import os
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mvm.core.errors import Busy, Conflict, InvalidInput, ResourceExhausted
@@ -197,8 +197,10 @@ def _remove_entry(
         top = fd if depth == 0 else top
         while entries := os.listdir(fd):
             for entry in entries:
-                child = os.stat(entry, dir_fd=fd, follow_symlinks=False)
-                _remove_entry(fd, entry, child, device, shown / entry, depth + 1, top)
+                # One that goes by itself meanwhile, as a temporary that its writer renames, is what was wanted.
+                with suppress(FileNotFoundError):
+                    child = os.stat(entry, dir_fd=fd, follow_symlinks=False)
+                    _remove_entry(fd, entry, child, device, shown / entry, depth + 1, top)
             if depth > 0:
                 break  # only at the top there may be new ones
     finally:

@@ -114,6 +114,25 @@ def test_wipe_and_remove_tree_do_not_follow_links(tmp_path: Path) -> None:
     assert (outside / "precious").read_bytes() == b"precious"
 
 
+def test_remove_tree_takes_it_well_that_another_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A keeper that has just ended renames its last file while its directory is removed."""
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    for name in ("a", "b", "below/c"):
+        (tree / name).write_text(name)
+    listed = os.listdir
+
+    def with_one_too_many(path: int) -> list[str]:
+        found = listed(path)
+        return [".tmp-gone", *found] if found else found
+
+    monkeypatch.setattr(os, "listdir", with_one_too_many)
+    files.remove_tree(tree)
+    assert not tree.exists()
+
+
 @pytest.mark.req("L7")
 def test_remove_tree_has_no_limit_of_depth(tmp_path: Path) -> None:
     """More levels than this process may have open files or frames, each with a file."""
