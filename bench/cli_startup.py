@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long the command line takes to start, as ratios within one run.
 
-    python bench/cli_startup.py [--runs N] [--tenants N]
+    python -m bench.cli_startup [--runs N] [--tenants N]
 
 Measures, interleaved so that a change of the machine's load meets all of them alike, the median wall time of: a bare
 interpreter, `mvm --version`, `mvm --help`, `mvm tenant --help`, and `mvm tenant list` over a state root with
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess  # noqa: TID251
+import subprocess
 import sys
 import tempfile
 import time

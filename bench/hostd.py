@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """What mvm-hostd costs: memory when idle and for each sleeping instance, round trips of a no-op and of an operation.
 
-    python bench/hostd.py [--runs N] [--instances N] [--output json]
+    python -m bench.hostd [--runs N] [--instances N] [--output json]
 
 Starts the real daemon (as root, with a state root made for the purpose), first over an empty node, then over one with
 many sleeping instances. Targets: at most 60 MiB idle, 2 ms a round trip (median, connection included), 1 KiB of the
@@ -17,7 +16,7 @@ import os
 import signal
 import socket
 import statistics
-import subprocess  # noqa: TID251
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,17 +24,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mvm.core import record as records
+from mvm.core.ids import InstanceId, RevisionId, SnapshotId, TenantId
+from mvm.core.lifecycle import State
+from mvm.core.snapshot import SnapshotRef
+from mvm.core.spec import encode_spec, new_tenant
+from mvm.linux.stream import UnixStream
+from mvm.wire.hostd_client import HostdClient
+
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-sys.path.insert(0, str(SOURCE))
-
-from mvm.core import record as records  # noqa: E402
-from mvm.core.ids import InstanceId, RevisionId, SnapshotId, TenantId  # noqa: E402
-from mvm.core.lifecycle import State  # noqa: E402
-from mvm.core.snapshot import SnapshotRef  # noqa: E402
-from mvm.core.spec import encode_spec, new_tenant  # noqa: E402
-from mvm.linux.stream import UnixStream  # noqa: E402
-from mvm.wire.hostd_client import HostdClient  # noqa: E402
-
 IDLE_MIB, ROUND_TRIP_MS, PER_INSTANCE_KIB = 60.0, 2.0, 1.0
 
 

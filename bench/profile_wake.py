@@ -84,6 +84,7 @@ class WatchedPager(pager.Pager):
             store(offset, data)
             self._log.add(began, offset // CHUNK, STORE, ahead=True)
 
+        # The server is the pager's own, so there is no subclass to put in its place.
         self._server.store = watched_store  # type: ignore[method-assign]
 
     def read(self, offset: int, size: int) -> list[bytes | memoryview]:
@@ -107,6 +108,7 @@ class WatchedPager(pager.Pager):
 def watched() -> Iterator[EventLog]:
     """Pagers made inside note what they do in the log given."""
     original, WatchedPager.log = pager.Pager, EventLog()
+    # A class is no variable to a type checker; what the operation makes is made by this name.
     pager.Pager = WatchedPager  # type: ignore[misc]
     try:
         yield WatchedPager.log
@@ -191,21 +193,28 @@ def _medians(all_of_them: Sequence[Restored]) -> dict[str, Any]:
     def median(of: Callable[[Restored], float]) -> float:
         return statistics.median(of(each) for each in all_of_them)
 
-    steps = {}
-    for n, step in enumerate(all_of_them[0].steps):
-        steps[step.name] = {"wall": median(lambda r, n=n: r.steps[n].wall)} | {  # type: ignore[misc]
-            who: median(lambda r, n=n, w=w: r.steps[n].cpu[w])  # type: ignore[misc]
-            for w, who in enumerate(Cpu._fields)
+    def by_process(costs: Sequence[Sequence[float]]) -> dict[str, float]:
+        """`costs`: a Cpu of each wake."""
+        return {who: statistics.median(cost[w] for cost in costs) for w, who in enumerate(Cpu._fields)}
+
+    steps = {
+        step.name: {
+            "wall": statistics.median(each.steps[n].wall for each in all_of_them),
+            **by_process([each.steps[n].cpu for each in all_of_them]),
         }
+        for n, step in enumerate(all_of_them[0].steps)
+    }
     report = all_of_them[0].report
     own = [name for name in type(report).__struct_fields__ if name.endswith("_us")]
     return {
         "core": median(lambda r: r.core),
         "wall": median(lambda r: r.wall),
         "served": median(lambda r: r.served),
-        "cpu": {who: median(lambda r, w=w: r.cpu[w]) for w, who in enumerate(Cpu._fields)},  # type: ignore[misc]
+        "cpu": by_process([each.cpu for each in all_of_them]),
         "steps": steps,
-        "guest_us": {name: median(lambda r, name=name: getattr(r.report, name)) for name in own},  # type: ignore[misc]
+        "guest_us": {
+            name: statistics.median(getattr(each.report, name) for each in all_of_them) for name in own
+        },
         "faults": {"minor": median(lambda r: r.faults.minor), "major": median(lambda r: r.faults.major)},
     }
 
