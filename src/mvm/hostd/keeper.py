@@ -75,10 +75,6 @@ file's size. Before that nothing may be stored in the file: FUSE_NOTIFY_STORE ex
 answer that would correct it is then dropped as older."""
 
 
-class EndedAtOnce(VmmError):
-    """The VMM was executed, and had ended before anybody could look at it."""
-
-
 class Program(msgspec.Struct, frozen=True):
     """The VMM to start. `fds`: descriptor numbers in the VMM -> our descriptors.
 
@@ -121,6 +117,7 @@ def launch(
     `console`: our end of the guest's console. `errors`: file that gets the VMM's own stderr. `keep`: descriptors that
     `serve` needs. `logs`: descriptors that the VMM writes to the other ends of -> files of bounded size for
     what comes out of them. Returns once the program is executed; VmmError if it could not be, or its jail not be built.
+    A program that has ended since is for the caller to find out, as one that ends a moment later.
     """
     alive = _take_alive(runtime)  # the keeper's, the VMM's
     ready, tell = os.pipe2(os.O_CLOEXEC)
@@ -164,13 +161,7 @@ def launch(
             details=rest or "its keeper died",
             resolution=f"See {errors}.",
         )
-    vmm_pid, keeper_pid = (int(number) for number in rest.split())
-    vmm, keeper = identify(vmm_pid), identify(keeper_pid)
-    if vmm is None or keeper is None:
-        raise EndedAtOnce(
-            "the VMM ended at once", details=last_words(runtime, errors), resolution=f"See {errors}."
-        )
-    return vmm, keeper
+    return msgspec.json.decode(rest, type=tuple[ProcessIdentity, ProcessIdentity])
 
 
 def _take_alive(runtime: Path) -> tuple[int, int]:
@@ -329,7 +320,8 @@ def _keeper(
         if pid == 0:
             _become(program, null, stderr, alive[1], me, says)
         pidfd = os.pidfd_open(pid)
-        vmm, keeper = _outside(pidfd), _outside(me)
+        # Here, because a pid is sure to be theirs as long as its process was not reaped.
+        identities = msgspec.json.encode([identify(_outside(pidfd)), identify(_outside(me))])
         for number in (0, 1, 2):
             os.dup2(null, number)
         kept = {0, 1, 2, tell, alive[0], pidfd, hears, *logs, *(log.fileno() for log in logs.values())}
@@ -342,7 +334,7 @@ def _keeper(
                 threading.Thread(target=_serve_or_die, args=(serve, known, rights), daemon=True).start()
         problem = _hear(hears, runtime, known)
         _give_up(rights)
-        os.write(tell, problem or f"ok {vmm} {keeper}".encode())
+        os.write(tell, problem or b"ok " + identities)
         os.close(tell)
         drain(logs, pidfd)
         _, status = os.waitpid(pid, 0)

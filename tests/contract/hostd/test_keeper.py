@@ -20,6 +20,7 @@ from mvm.hostd.jail import Jail
 from mvm.hostd.recovery import read_exit
 from mvm.linux import capabilities
 from mvm.linux.pidfd import is_alive
+from mvm.linux.process import wait_readable
 
 pytestmark = pytest.mark.root
 UID = 1_900_123_456
@@ -76,6 +77,23 @@ def test_it_writes_down_how_the_vmm_ended(runtime: Path, start: Start, script: s
     until = time.monotonic() + 10
     while is_alive(parent):
         assert time.monotonic() < until
+
+
+@pytest.mark.req("L3")
+def test_one_that_ended_before_anybody_looked_is_named_all_the_same(
+    runtime: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keeper had reaped it: the number may be anybody's by then."""
+
+    def late(fd: int, timeout: float) -> bool:
+        return wait_readable(fd, timeout) and keeper.await_end(runtime)
+
+    monkeypatch.setattr(keeper, "wait_readable", late)
+    vmm, parent = start("exit 3")
+    assert vmm.pid != parent.pid
+    assert not is_alive(vmm)
+    assert not is_alive(parent)
+    assert read_exit(runtime) == 3 << 8
 
 
 @pytest.mark.req("L3")

@@ -153,13 +153,9 @@ def _probe(qemu: str, kernel: Path, initrd: Path, room: Room, confined: bool) ->
     logs = room.runtime / "logs"
     ensure_dir(logs)
     console, errors = logs / "console.log", logs / "vmm.log"
-    vmm: ProcessIdentity | None
-    try:
-        vmm = _start(qemu, kernel, initrd, room, errors, confined)
-    except keeper.EndedAtOnce:
-        vmm = None
+    vmm = _start(qemu, kernel, initrd, room, errors, confined)
     while time.monotonic() - began < PROBE_S and _MARKER not in tail(console):
-        if vmm is None or not is_alive(vmm):
+        if not is_alive(vmm):
             # What it said before is written down before how it ended.
             keeper.await_end(room.runtime)
             if _MARKER not in tail(console) and _killed(room.runtime):
@@ -171,7 +167,8 @@ def _probe(qemu: str, kernel: Path, initrd: Path, room: Room, confined: bool) ->
     if _MARKER in tail(console):
         return Acceleration("kvm", f"a stock kernel boots with it ({spent:.1f} s)")
     said = [line for log in (console, errors) for line in tail(log).splitlines() if line.strip()]
-    last = f"; last said: {said[-1][:200]}" if said else ""
+    # Two lines, because the last one is how it ended, if it did, and the one before may be why.
+    last = f"; last said: {'; '.join(line[:200] for line in said[-2:])}" if said else ""
     return Acceleration(
         "tcg", f"{KVM} opens, but no stock kernel boots with it (tried for {spent:.1f} s{last})"
     )
