@@ -16,7 +16,12 @@ BASE: dict[str, Any] = {
     "machine-config": {"track_dirty_pages": False, "huge_pages": "None"},
     "drives": [{"drive_id": "data", "rate_limiter": {"bandwidth": {"size": 1, "refill_time": 1}}}],
     "network-interfaces": [{"iface_id": "eth0", "mtu": 1500}],
-    "balloon": {"amount_mib": 0, "deflate_on_oom": True, "stats_polling_interval_s": 1},
+    "balloon": {
+        "amount_mib": 0,
+        "deflate_on_oom": True,
+        "stats_polling_interval_s": 1,
+        "free_page_hinting": True,
+    },
     "entropy": {},
     "logger": {"level": "Info"},
     "mmds-config": {"version": "V2", "network_interfaces": ["eth0"]},
@@ -51,4 +56,7 @@ def every() -> Iterator[rq.Call]:
         network_overrides=(rq.NetworkOverride("eth0", "mvm-t1s0"),),
         vsock_override=rq.VsockOverride("/run/vsock.sock"),
     ).call()
+    yield rq.StartHinting(acknowledge_on_stop=True).call()
+    yield rq.STOP_HINTING
     yield rq.GET_INSTANCE
+    yield rq.GET_HINTING

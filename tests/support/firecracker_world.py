@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from tests.support.fake_firecracker import Probe, elf_kernel
+from tests.support.fake_firecracker import Probe, elf_kernel, install
 from tests.support.world import FAKE_FILES, World, network_namespace
 
 from mvm.core import revision as revisions
@@ -71,11 +72,7 @@ class GuestProbe:
             pass
 
     def count(self, vm: Vm) -> int:
-        guest = self._world.guest(self._plan)
-        try:
-            return guest.count()
-        finally:
-            guest.close()
+        return count(self._world, self._plan)
 
     def write(self, vm: Vm, text: str) -> None:
         guest = self._world.guest(self._plan)
@@ -85,16 +82,35 @@ class GuestProbe:
             guest.close()
 
 
+def count(world: FirecrackerWorld, plan: InstancePlan) -> int:
+    """How far the worker in the guest has come."""
+    guest = world.guest(plan)
+    try:
+        return guest.count()
+    finally:
+        guest.close()
+
+
+def break_with(programs: Path, *faults: str, version: str = "1.16.1") -> None:
+    """From the next start on."""
+    install(programs, faults=faults, version=version)
+
+
 @contextmanager
 def firecracker_world(programs: Path, **options: object) -> Iterator[FirecrackerWorld]:
     """`options`: for the driver."""
-    files: dict[str, bytes | Path] = {**FAKE_FILES, revisions.KERNEL: elf_kernel()}
+    balloon = {"amount_mib": 0, "deflate_on_oom": True, "free_page_hinting": True}
+    base = {**json.loads(FAKE_FILES[revisions.FC_BASE]), "balloon": balloon}
+    files: dict[str, bytes | Path] = {
+        **FAKE_FILES,
+        revisions.KERNEL: elf_kernel(),
+        revisions.FC_BASE: json.dumps(base).encode(),
+    }
     with tempfile.TemporaryDirectory(prefix="mvm-test-") as folder, network_namespace():
-        base = Path(folder)
-        driver = PlainDiskDriver(base / "cache", programs, **options)  # type: ignore[arg-type]
-        driver.disks = base / "disks"
+        driver = PlainDiskDriver(Path(folder) / "cache", programs, **options)  # type: ignore[arg-type]
+        driver.disks = Path(folder) / "disks"
         driver.disks.mkdir()
-        world = FirecrackerWorld(base / "root", driver, files, mem_mib=MEM_MIB)
+        world = FirecrackerWorld(Path(folder) / "root", driver, files, mem_mib=MEM_MIB)
         try:
             yield world
         finally:

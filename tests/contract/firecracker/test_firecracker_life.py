@@ -8,18 +8,21 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from tests.support.fake_firecracker import install
-from tests.support.firecracker_world import FirecrackerWorld, PlainDiskDriver, firecracker_world
+from tests.support.firecracker_world import (
+    FirecrackerWorld,
+    PlainDiskDriver,
+    break_with,
+    count,
+    firecracker_world,
+)
 from tests.support.network_lab import inside
 
 from mvm.core.errors import IntegrityError, MissingPrerequisite, MvmError, Refused, VmmError
 from mvm.core.lifecycle import State
-from mvm.core.plan import InstancePlan
 from mvm.hostd import keeper
 from mvm.hostd.inspect.process import read_process
 from mvm.hostd.resources import network
@@ -32,30 +35,6 @@ from mvm.linux.pidfd import is_alive
 from mvm.linux.process import run
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    return install(tmp_path / "programs")
-
-
-@pytest.fixture
-def world(programs: Path) -> Iterator[FirecrackerWorld]:
-    with firecracker_world(programs) as made:
-        yield made
-
-
-def count(world: FirecrackerWorld, plan: InstancePlan) -> int:
-    guest = world.guest(plan)
-    try:
-        return guest.count()
-    finally:
-        guest.close()
-
-
-def break_with(programs: Path, *faults: str, version: str = "1.16.1") -> None:
-    """From the next start on."""
-    install(programs, faults=faults, version=version)
 
 
 @pytest.mark.req("L1", "S1", "S2", "L7")
@@ -171,7 +150,15 @@ def test_a_wake_that_fails_leaves_it_asleep(
 
 
 @pytest.mark.req("S1", "L3")
-@pytest.mark.parametrize("fault", ["no space", "refuse PUT /snapshot/create", "refuse PATCH /vm Paused"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "no space",
+        "refuse PUT /snapshot/create",
+        "refuse PATCH /vm Paused",
+        "exit 148 PATCH /balloon/hinting/start",
+    ],
+)
 def test_a_sleep_that_fails_leaves_it_running_and_reachable(
     world: FirecrackerWorld, programs: Path, fault: str
 ) -> None:

@@ -92,7 +92,8 @@ def _seal(context: Context, snapshot: SnapshotId) -> tuple[SnapshotRef, sealing.
         vm = context.vm()
         opened.callback(vm.close)
         context.watch.phase("pause")
-        vm.pause()
+        # A first snapshot is of all memory, so it is worth while to have less of it; later ones are of what changed.
+        vm.pause(reclaim=record.snapshot is None)
         context.fault("paused")
         state = vm.save_state()
         context.watch.phase("seal memory")
