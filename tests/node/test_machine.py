@@ -27,6 +27,23 @@ def test_cgroups_are_unified_and_have_the_controllers(rig: Rig) -> None:
     )
 
 
+def test_an_emulated_kernel_has_no_reason_to_rewrite_itself_for_a_guest(rig: Rig) -> None:
+    """From the first guest to the last: what would be patched for one is held (`mvm.dev.node.steady`)."""
+    if rig.sh("systemd-detect-virt || true").strip() != "qemu":
+        pytest.skip("this node's processors are not emulated")
+    unit = "mvm-node-steady.service"
+    pid, quota = rig.sh(f"systemctl show -P MainPID -P CPUQuotaPerSecUSec {unit}").split()
+    assert quota != "infinity"
+    held = rig.sh(f"find /proc/{pid}/fd -lname 'anon_inode:*' -printf '%l\\n'")
+    assert "anon_inode:kvm-vm" in held
+    assert "anon_inode:kvm-vcpu" in held
+    before, hosts = (
+        int(rig.sh(f"systemctl show -P ActiveEnterTimestampMonotonic {name}"))
+        for name in (unit, "mvm-hostd.service")
+    )
+    assert 0 < before < hosts
+
+
 def test_a_cgroup_limit_holds(rig: Rig) -> None:
     """Four times the memory it may have: the kernel ends it."""
     out = rig.sh(

@@ -39,6 +39,7 @@ _MACHINE_SETTINGS: Final = (
 )  # fmt: skip
 _UNITS: Final = (
     "mvm-node-seed.service", "mvm-node-agent.service", "mvm-node-install.service", "mvm-node-bootstrap.service",
+    "mvm-node-steady.service",
 )  # fmt: skip
 _MASKED: Final = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer",

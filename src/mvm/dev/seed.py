@@ -3,6 +3,7 @@
     agent.py, mvm/guest/...      the control channel's other end, ready before anything is installed
     mvm-<version>-*.whl          the mvm that started the node
     wheel.sha256, install.*      installed at boot if it is not there already
+    steady.py                    holds what keeps an emulated kernel from hanging, before anything runs guests
     bootstrap.sh                 then `mvm bootstrap`, so that mvm-hostd is a service of the node
 
 So a node always runs the mvm of the command that started it, and the image does not change with the sources.
@@ -25,7 +26,10 @@ def contents(package: Path, wheel_name: str, wheel_bytes: bytes) -> list[Entry]:
     digest = hashlib.sha256(wheel_bytes).hexdigest()
     entries = [
         Entry("agent.py", (node / "agent.py").read_bytes()),
-        *(Entry(name, (node / name).read_bytes()) for name in ("install.sh", "install.py", "bootstrap.sh")),
+        *(
+            Entry(name, (node / name).read_bytes())
+            for name in ("install.sh", "install.py", "bootstrap.sh", "steady.py")
+        ),
         Entry("mvm/__init__.py", b""),
         Entry(wheel_name, wheel_bytes),
         Entry("wheel.sha256", f"{digest}\n".encode()),

@@ -91,6 +91,7 @@ def test_the_seed_brings_the_agent_its_package_and_the_wheel() -> None:
         "agent.py",
         "install.sh",
         "bootstrap.sh",
+        "steady.py",
         "mvm/__init__.py",
         "mvm/guest/__main__.py",
         "wheel.sha256",
