@@ -6,7 +6,8 @@
 #
 #   --key FILE                the release's Ed25519 public key, PEM. Get it by another way than the release itself.
 #   --from ...                a release, as packaging/release makes it
-#   --firecracker DIRECTORY   take firecracker and jailer from here, both of one version
+#   --firecracker DIRECTORY   take firecracker and jailer from here, both of one version; and, where FILE names them, that
+#                             release's seccompiler-bin and list of system calls, of which the strict filter is made
 #   --firecracker-sums FILE   their SHA-256, as sha256sum writes it; you vouch for it
 #   --verify-only             check everything, install nothing
 #   --root DIRECTORY          install below it instead of below /
@@ -198,27 +199,34 @@ say "verified: mvm $version, $(wc -l <"$work/names") files, signed by $key"
 
 # 4. Firecracker, by the operator's own list. Nothing of it is executed before its hash was right.
 
-fc_version=''
-fc_find() { # fc_find NAME: the one file of that name, or of the form its releases use
+fc_version='' fc_names=''
+fc_find() { # fc_find NAME [ENDING]: the one file of that name, or of the form its releases use; nothing if there is none
     found=''
-    for path in "$firecracker/$1" "$firecracker/$1"-v*-"$(uname -m)"; do
+    for path in "$firecracker/$1${2:-}" "$firecracker/$1"-v*-"$(uname -m)${2:-}"; do
         if [ -f "$path" ] && [ ! -L "$path" ]; then
             [ -z "$found" ] || die "$firecracker has more than one $1"
             found=$path
         fi
     done
-    [ -n "$found" ] || die "$firecracker has no $1"
     printf '%s' "$found"
 }
-fc_take() { # fc_take NAME
-    path=$(fc_find "$1") || exit 1
-    cp -- "$path" "$work/fc/$1"
-    sum=$(sha256sum <"$work/fc/$1" | cut -c1-64)
+fc_take() { # fc_take NAME [ENDING]: a private copy that the operator vouches for
+    path=$(fc_find "$@") || exit 1
+    [ -n "$path" ] || die "$firecracker has no $1"
+    copy=$work/fc/$1${2:-}
+    cp -- "$path" "$copy"
+    sum=$(sha256sum <"$copy" | cut -c1-64)
     awk -v sum="$sum" -v name="${path##*/}" \
         '{ n = $2; sub(/^\*/, "", n); sub(/.*\//, "", n); if ($1 == sum && n == name) ok = 1 } END { exit !ok }' \
         "$firecracker_sums" ||
         die "$path is not what $firecracker_sums says" "Its SHA-256 is $sum."
-    chmod 0755 "$work/fc/$1"
+    chmod 0755 "$copy"
+    fc_names="$fc_names $1${2:-}"
+}
+fc_vouched() { # fc_vouched NAME [ENDING]: whether it is there and the operator's list names it
+    path=$(fc_find "$@") || exit 1
+    [ -n "$path" ] && awk -v name="${path##*/}" \
+        '{ n = $2; sub(/^\*/, "", n); sub(/.*\//, "", n); if (n == name) ok = 1 } END { exit !ok }' "$firecracker_sums"
 }
 fc_version_of() { # what the program says it is
     "$work/fc/$1" --version 2>/dev/null </dev/null | sed -n "1s/^[A-Za-z]* v\([0-9][0-9.]*\)\$/\1/p"
@@ -233,13 +241,19 @@ if [ -n "$firecracker" ]; then
     jailer_version=$(fc_version_of jailer)
     [ "$fc_version" = "$jailer_version" ] ||
         die "firecracker is $fc_version and jailer is ${jailer_version:-unknown}" "Take both from one release."
+    # Both, or none: the list is nothing without its compiler.
+    if fc_vouched seccomp-filter .json && fc_vouched seccompiler-bin; then
+        fc_take seccomp-filter .json
+        fc_take seccompiler-bin
+        chmod 0644 "$work/fc/seccomp-filter.json"
+    fi
     fc_place=$root/usr/lib/mvm/firecracker/$fc_version
-    for name in firecracker jailer; do
+    for name in $fc_names; do
         if [ -e "$fc_place/$name" ] && ! cmp -s "$work/fc/$name" "$fc_place/$name"; then
             die "$fc_place/$name is another one of the same version" "If it is not used any more: rm -r $fc_place"
         fi
     done
-    say "verified: Firecracker $fc_version and its jailer"
+    say "verified: Firecracker $fc_version:$fc_names"
 fi
 
 # 5. What could be in the way.
@@ -308,14 +322,30 @@ switch() { # switch TARGET LINK: in one step, whatever was there
     ln -sfn -- "$1" "$2.new"
     mv -T -- "$2.new" "$2"
 }
-if [ -n "$fc_version" ] && [ ! -d "$fc_place" ]; then
+fc_lacks() { # whether one of the files is not there yet
+    for name in $fc_names; do
+        [ -e "$fc_place/$name" ] || return 0
+    done
+    return 1
+}
+if [ -n "$fc_version" ] && fc_lacks; then
     mkdir -p "${fc_place%/*}"
     new=$(mktemp -d "${fc_place%/*}/.new-XXXXXX")
     building=$new
-    cp -- "$work/fc/firecracker" "$work/fc/jailer" "$new/"
-    chmod 0755 "$new" "$new/firecracker" "$new/jailer"
+    chmod 0755 "$new"
+    for name in $fc_names; do
+        cp -p -- "$work/fc/$name" "$new/"
+    done
     sync -f "$new"
-    mv -T -- "$new" "$fc_place"
+    if [ -d "$fc_place" ]; then # of an installation without all of them; what is there is the same, as was seen above
+        for name in $fc_names; do
+            mv -- "$new/$name" "$fc_place/$name"
+        done
+        rmdir -- "$new"
+        sync -f "$fc_place"
+    else
+        mv -T -- "$new" "$fc_place"
+    fi
     building=''
     say "installed $fc_place"
 fi

@@ -43,6 +43,7 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     from mvm.hostd.install.observe import firecracker_is_there, observe, program_check, require_systemd
     from mvm.hostd.install.plan import plan
     from mvm.hostd.install.verify import verify
+    from mvm.standalone.compose import CACHE
 
     _require_root(app)
     mode = needs.DEVELOPMENT if development else needs.BASELINE
@@ -62,7 +63,7 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     conditional = {units.FIRECRACKER} if firecracker_is_there() else set()
     if development and needs.emulated(checks):
         conditional.add(units.EMULATION)
-    steps = plan(observe(shipped, root), shipped, mode=mode, conditional=conditional, root=root)
+    steps = plan(observe(shipped, root, CACHE), shipped, mode=mode, conditional=conditional, root=root)
     if dry_run:
         _tell(app, steps, done=False)
         app.say("Nothing was changed." if steps else "Nothing would be changed.")

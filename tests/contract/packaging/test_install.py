@@ -382,6 +382,30 @@ def test_firecracker_by_the_names_of_its_releases(release: Release, tmp_path: Pa
     assert "verified: Firecracker 1.16.1" in release.install(tmp_path, *options)
 
 
+@pytest.mark.req("H6")
+def test_what_the_strict_filter_is_made_of_is_installed_where_somebody_vouches_for_it(
+    release: Release, installed: Path, tmp_path: Path
+) -> None:
+    """Also beside programs that are there already; by the names of a release."""
+    machine = os.uname().machine
+    sums = binaries(tmp_path / "fc", names="{}-v1.16.1-" + machine)
+    more = [f"seccompiler-bin-v1.16.1-{machine}", f"seccomp-filter-v1.16.1-{machine}.json"]
+    for name in more:
+        (tmp_path / "fc" / name).write_text("made of nothing")
+    options = ("--firecracker", tmp_path / "fc", "--firecracker-sums", sums)
+    release.install(tmp_path, *options)
+    place = tmp_path / "usr/lib/mvm/firecracker/1.16.1"
+    assert sorted(p.name for p in place.iterdir()) == ["firecracker", "jailer"]
+    with sums.open("a") as file:
+        file.writelines(f"{sha256(tmp_path / 'fc' / name)}  {name}\n" for name in more)
+    release.install(tmp_path, *options)
+    assert {p.name: p.stat().st_mode & 0o777 for p in place.iterdir()} == {
+        "firecracker": 0o755, "jailer": 0o755, "seccomp-filter.json": 0o644, "seccompiler-bin": 0o755,
+    }  # fmt: skip
+    (tmp_path / "fc" / more[1]).write_text("made of something else")
+    assert "is not what" in release.install(tmp_path, *options, code=1)
+
+
 def test_firecracker_that_is_not_what_the_operator_vouched_for_is_never_executed(
     release: Release, tmp_path: Path
 ) -> None:

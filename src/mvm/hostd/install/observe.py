@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import hashlib
 import os
 import sys
 import time
@@ -15,11 +16,16 @@ from mvm.hostd import settings
 from mvm.hostd.inspect.doctor import Check, Result
 from mvm.hostd.inspect.host import path_facts
 from mvm.hostd.install import units
-from mvm.hostd.install.plan import Observed, Unit
+from mvm.hostd.install.plan import DERIVED, FILTER, FilterSeen, Observed, Unit
+from mvm.hostd.vmm.firecracker import programs, strict
+from mvm.hostd.vmm.firecracker.version import Version
 from mvm.linux.files import read_bounded
 from mvm.linux.pidfd import identify
 from mvm.linux.process import run
 
+POLICY: Final = "seccomp-filter.json"
+COMPILER: Final = "seccompiler-bin"
+"""Of a Firecracker release, beside its programs, where the operator has given them."""
 _FILE_MAX: Final = 64 * 1024
 _ASK_S: Final = 30.0
 _RUNNING: Final = Path("/run/systemd/system")
@@ -68,8 +74,8 @@ def _changeable(paths: Iterable[Path]) -> str:
     return ""
 
 
-def observe(targets: Iterable[Path], root: Path) -> Observed:
-    """`targets`: where files of ours belong."""
+def observe(targets: Iterable[Path], root: Path, cache: Path | None = None) -> Observed:
+    """`targets`: where files of ours belong. `cache`: for `filter_seen`; without one no filter is looked for."""
     service, pid = _unit(units.SERVICE)
     socket, _ = _unit(units.SOCKET)
     settings_bytes = _read(settings.FILE)
@@ -82,12 +88,37 @@ def observe(targets: Iterable[Path], root: Path) -> Observed:
         service=service,
         socket=socket,
         code_changed=pid > 0 and (_older_than_its_code(pid) or runs_another_code(pid, Path(sys.prefix))),
+        filter=None if cache is None else filter_seen(cache),
     )
 
 
-def _read(path: Path) -> bytes | None:
+def filter_seen(cache: Path) -> FilterSeen | None:
+    """What a strict filter can be made of, None where Firecracker or that part of its release is not there.
+
+    `cache`: of facts about the programs. Refused, MissingPrerequisite: as `programs.inspect` for a host in baseline.
+    """
+    vmm = settings.load(settings.FILE).vmm
+    folder = Path(os.path.realpath(vmm.directory))
+    policy = _read(folder / POLICY, strict.POLICY_MAX)
+    if policy is None or not (folder / COMPILER).exists() or not firecracker_is_there():
+        return None
+    pins = {str(name): value for name, value in vmm.sha256.items()}
+    version = Version(*programs.inspect(folder, cache, pins=pins, confined=True).version)
+    if version[:2] not in strict.SERIES:
+        return None
+    made = _read(folder / FILTER, strict.POLICY_MAX)
+    return FilterSeen(
+        version=str(version),
+        folder=folder,
+        wanted=strict.derive(policy, version),
+        derived=_read(folder / DERIVED, strict.POLICY_MAX),
+        sha256="" if made is None else hashlib.sha256(made).hexdigest(),
+    )
+
+
+def _read(path: Path, most: int = _FILE_MAX) -> bytes | None:
     try:
-        return read_bounded(path, _FILE_MAX)
+        return read_bounded(path, most)
     except FileNotFoundError:
         return None
 

@@ -7,6 +7,7 @@ A host that is as wanted gives no steps.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,10 @@ from mvm.hostd.install import units
 SYSTEMD_S: Final = 60.0
 START_S: Final = 660.0
 """Beyond the unit's own TimeoutStartSec: recovery looks at every instance before the daemon is ready."""
+FILTER: Final = "strict.bpf"
+DERIVED: Final = "strict.json"
+"""Beside Firecracker's programs: the strict filter, and the list that it was compiled from."""
+_FILTERS: Final = "[[vmm.strict_filters]]"
 _MODE_KEY: Final = "mode"
 _HEAD: Final = "# Limits of mvm-hostd, and its mode. docs/privileges.md lists what may be said here.\n"
 
@@ -55,6 +60,17 @@ class Run(Step, frozen=True):
         return f"{' '.join(self.argv)}: {self.why}"
 
 
+class MakeFilter(Step, frozen=True):
+    """Compile `derived`, a list of system calls, by its release's compiler, and pin what comes out in hostd.toml."""
+
+    version: str
+    folder: Path
+    derived: bytes
+
+    def describe(self) -> str:
+        return f"write {self.folder / FILTER}: {self.why}"
+
+
 class MakeNodeId(Step, frozen=True):
     root: Path
 
@@ -71,6 +87,17 @@ class Unit(msgspec.Struct, frozen=True):
     stale: bool
 
 
+class FilterSeen(msgspec.Struct, frozen=True):
+    """What a strict filter is made of, where an installed Firecracker has it. `wanted`: the list to compile; `derived`:
+    the one that was compiled last; `sha256`: of what came out, "" where nothing did."""
+
+    version: str
+    folder: Path
+    wanted: bytes
+    derived: bytes | None
+    sha256: str
+
+
 class Observed(msgspec.Struct, frozen=True):
     """`files`: what is at the targets, of those that are there. `code_changed`: the daemon began before the code that
     is installed now was put there. `group`, `places`, `node_id`: whether they are there."""
@@ -83,6 +110,7 @@ class Observed(msgspec.Struct, frozen=True):
     service: Unit
     socket: Unit
     code_changed: bool
+    filter: FilterSeen | None = None
 
 
 def plan(
@@ -117,6 +145,12 @@ def plan(
     wanted = with_mode(observed.settings, mode)
     if wanted != observed.settings:
         steps.append(WriteFile(f"mode {mode}", settings.FILE, wanted.encode()))
+        changed.add(settings.FILE)
+    seen = observed.filter
+    if seen is not None and not _has_filter(wanted, seen):
+        steps.append(
+            MakeFilter("for tenants whose seccomp is strict", seen.version, seen.folder, seen.wanted)
+        )
         changed.add(settings.FILE)
     if not observed.node_id:
         steps.append(MakeNodeId("this node's id, which stays", root))
@@ -177,6 +211,41 @@ def with_mode(text: str | None, mode: str) -> str:
             resolution=f"Write {line} into it, before the first table.",
         )
     return made
+
+
+def with_filter(text: str, version: str, path: Path, sha256: str) -> str:
+    """hostd.toml with this strict filter, the only one at this path, and everything else as it was, comments included.
+
+    InvalidInput if it is not valid, or says it in a form that cannot be changed here.
+    """
+    settings.parse(text)
+    lines = text.rstrip("\n").split("\n")
+    starts = [n for n, line in enumerate(lines) if line.lstrip().startswith("[")] + [len(lines)]
+    for start, end in reversed(list(pairwise(starts))):
+        table = lines[start:end]
+        if table[0].strip() == _FILTERS and any(
+            line.partition("=")[0].strip() == "path" and _value(line) == str(path) for line in table
+        ):
+            del lines[start:end]
+    entry = ["", _FILTERS, f'version = "{version}"', f'path = "{path}"', f'sha256 = "{sha256}"', ""]
+    made = "\n".join([*lines, *entry])
+    found = [one for one in settings.parse(made).vmm.strict_filters if one.path == str(path)]
+    if [(one.version, one.sha256) for one in found] != [(version, sha256)]:
+        raise InvalidInput(
+            f"{settings.FILE} cannot be changed",
+            details=f"Where it names the filter {path} was not found.",
+            resolution=f"Take that filter out of it; a table {_FILTERS} is put at its end.",
+        )
+    return made
+
+
+def _has_filter(text: str, seen: FilterSeen) -> bool:
+    """Whether what is to be compiled was, and is pinned; or the operator has given another filter for that version."""
+    ours = str(seen.folder / FILTER)
+    pins = [one for one in settings.parse(text).vmm.strict_filters if one.version == seen.version]
+    if any(one.path != ours for one in pins):
+        return True
+    return seen.derived == seen.wanted and bool(seen.sha256) and [one.sha256 for one in pins] == [seen.sha256]
 
 
 def _is_mode(line: str) -> bool:

@@ -16,6 +16,8 @@ from mvm.hostd import settings
 from mvm.hostd.install import units
 from mvm.hostd.install.observe import parse_unit
 from mvm.hostd.install.plan import (
+    FilterSeen,
+    MakeFilter,
     MakeNodeId,
     Observed,
     RemoveFile,
@@ -24,6 +26,7 @@ from mvm.hostd.install.plan import (
     Unit,
     WriteFile,
     plan,
+    with_filter,
     with_mode,
 )
 
@@ -234,3 +237,53 @@ def test_the_unit_executes_what_is_installed() -> None:
     text = (units.shipped_dir() / units.SERVICE).read_text()
     assert f"ExecStart={units.HOSTD}\n" in text
     assert "Slice=mvm.slice\n" in text
+
+
+FOLDER = Path("/usr/lib/mvm/firecracker/1.16.1")
+FILTER = FilterSeen("1.16.1", FOLDER, wanted=b"{}", derived=None, sha256="")
+PINNED = with_filter(DONE.settings or "", "1.16.1", FOLDER / "strict.bpf", "ab" * 32)
+
+
+@pytest.mark.req("H6")
+def test_a_strict_filter_is_made_and_pinned_once() -> None:
+    found = steps(filter=FILTER)
+    assert [type(step) for step in found] == [MakeFilter, Run]
+    assert commands(found) == ["systemctl restart mvm-hostd.service"]
+    done = msgspec.structs.replace(FILTER, derived=b"{}", sha256="ab" * 32)
+    assert steps(filter=done, settings=PINNED) == []
+    for other in (
+        msgspec.structs.replace(done, wanted=b"{ }"), msgspec.structs.replace(done, sha256="cd" * 32),
+        msgspec.structs.replace(done, sha256=""), msgspec.structs.replace(done, version="1.16.2"),
+    ):  # fmt: skip
+        assert any(isinstance(step, MakeFilter) for step in steps(filter=other, settings=PINNED))
+
+
+def test_an_operators_own_filter_is_left_alone() -> None:
+    own = with_filter(DONE.settings or "", "1.16.1", Path("/etc/mvm/own.bpf"), "ab" * 32)
+    assert steps(filter=FILTER, settings=own) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", 'mode = "baseline"  # said\n', "# none\n\n[limits]\nvcpus = 2 # few\n", '[vmm]\ndriver = "auto"\n',
+        '[[vmm.strict_filters]]\nversion = "1.15.0"\npath = "/x"\nsha256 = "' + "0" * 64 + '"\n\n[limits]\nvcpus = 3\n',
+    ],
+)  # fmt: skip
+def test_pinning_a_filter_keeps_all_else_that_the_settings_say(text: str) -> None:
+    path = FOLDER / "strict.bpf"
+    once = with_filter(text, "1.16.1", path, "ab" * 32)
+    assert all(line in once.split("\n") for line in text.split("\n"))
+    before, after = settings.parse(text), settings.parse(with_filter(once, "1.16.1", path, "cd" * 32))
+    ours = [one for one in after.vmm.strict_filters if one.path == str(path)]
+    assert [(one.version, one.sha256) for one in ours] == [("1.16.1", "cd" * 32)]
+    rest = tuple(one for one in after.vmm.strict_filters if one.path != str(path))
+    assert (
+        msgspec.structs.replace(after, vmm=msgspec.structs.replace(after.vmm, strict_filters=rest)) == before
+    )
+
+
+def test_a_filter_that_cannot_be_pinned_is_refused() -> None:
+    inline = f'[vmm]\nstrict_filters = [{{version = "1.16.1", path = "/x", sha256 = "{"0" * 64}"}}]\n'
+    with pytest.raises(InvalidInput):
+        with_filter(inline, "1.16.1", FOLDER / "strict.bpf", "ab" * 32)
