@@ -8,10 +8,10 @@ Rules.
 - An object under one of mvm's names is **held** (an instance that is awake, or in the middle of a step, lists it),
   **ours** (nobody lists it, and it cannot be another state root's), or **foreign**. Held is left alone, ours is
   undone, foreign is said and never touched.
-- "Cannot be another's" is told by where a thing lies (processes, mounts, mappings and files, by a path below the
-  state root), or else by three conditions at once: the name is one that this root has given out, the kind is the one
-  mvm makes, and nothing uses it. A second root on the same host may have given out the same numbers; what it uses is
-  never idle.
+- "Cannot be another's" is told by where a thing lies (processes, mounts and files, by a path below the state root;
+  mappings, by a mark of the directory of their image), or else by three conditions at once: the name is one that this
+  root has given out, the kind is the one mvm makes, and nothing uses it. A second root on the same host may have given
+  out the same numbers; what it uses is never idle.
 - An instance whose record cannot be read may hold anything of its tenant: nothing of that tenant is undone.
 
 `reconcile` is pure. It is asked again after its actions were carried out, because an object that was in use by
@@ -72,7 +72,7 @@ Holds = Annotated[tuple[HostObject, ...], Meta(max_length=OBJECTS_MAX)]
 
 
 def mapping_name(instance: InstanceId) -> str:
-    """`mvm-acme--default-0`, in /dev/mapper."""
+    """`mvm-acme--default-0`; in the kernel a mark of the image's directory follows (`mvm.hostd.resources.dm_crypt`)."""
     return MAPPING_PREFIX + instance.vm_name
 
 
@@ -263,10 +263,8 @@ def _foreign(ledger: Ledger, seen: Seen) -> str:
     if not seen.proper:
         return "it is not what mvm makes under that name"
     if seen.kind is Kind.MAPPING:
-        if seen.below_root is None:
-            return "what it is made from cannot be told"
         if not seen.below_root:
-            return "it is made from a file outside the state root"
+            return "it is another state root's, or of no instance"
         return "somebody has it open" if seen.in_use else ""
     if seen.kind is Kind.CGROUP:
         if instance is None or instance.tenant not in ledger.tenants:

@@ -3,7 +3,8 @@
 The loop has one thread, so it may fork: the child is the loop's memory without a single lock held, and what a VM's
 keeper needs (to fork once more) holds there too. A crash, a leak or an endless wait of one operation ends with its
 process. Nothing of the child's outlives the daemon (PR_SET_PDEATHSIG) but the keepers and VMMs it started, which belong
-to init; what the child was at is then found by recovery, as after any kill.
+to init, and for a moment a program that it ran, which keeps the child's locks (`mvm.linux.process.run`); what the child
+was at is then found by recovery, as after any kill.
 
 The child talks through a SOCK_SEQPACKET pair, one message body a packet: whatever happens to it, the client sees whole
 messages. SIGTERM raises `Ended` in it, at whatever it does; operations put things right on the way out, as they do for

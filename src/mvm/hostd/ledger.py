@@ -256,11 +256,13 @@ def cgroups(store: Store) -> Iterator[Seen]:
 
 def mappings(store: Store) -> Iterator[Seen]:
     """Open data disks, of this root and of others."""
-    prefix = os.path.realpath(store.root) + "/"
     for mapping in dm_crypt.opened():
-        # A file on some disk, as the kernel names it. What lies on a device has nobody's path.
-        told = mapping.image.startswith("/") and not mapping.image.startswith("/dev/")
-        yield Seen(Kind.MAPPING, mapping.name, below_root=mapping.image.startswith(prefix) if told else None)
+        instance = ledger.instance_named(mapping.vm_name)
+        if instance is not None and dm_crypt.is_of(mapping, store.instance_paths(instance).data_disk):
+            yield Seen(Kind.MAPPING, ledger.mapping_name(instance), below_root=True)
+        else:
+            # Another root's is said by its whole name, which no instance is called.
+            yield Seen(Kind.MAPPING, mapping.name, below_root=False)
 
 
 def leavings(store: Store) -> Iterator[Seen]:
@@ -394,7 +396,7 @@ def _detach(store: Store, name: str) -> None:
 def _close_mapping(store: Store, name: str) -> None:
     instance = ledger.instance_of(Kind.MAPPING, name)
     if instance is None:
-        raise Conflict(f"the mapping {name} is over a file of this root's, and no instance is called so")
+        raise Conflict(f"the mapping {name} is of no instance")
     volume.lock(store.instance_paths(instance).data_disk, instance)
 
 

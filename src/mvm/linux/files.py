@@ -6,8 +6,9 @@ rename and the directory after it. What a crash can leave is a temporary `.tmp-*
 link or enters another mount. OSErrors pass through unchanged, except a full disk, which is
 ResourceExhausted.
 
-Locks are flock(2) on a file of their own. They die with their holder; the file stays and holds the pid of
-the last exclusive holder, for the message only, never for a decision.
+Locks are flock(2) on a file of their own. They die with their holder and with the programs that it runs meanwhile
+(`held`): what a program of a killed command still does to the host, it does before anybody else has the lock. The file
+stays and holds the pid of the last exclusive holder, for the message only, never for a decision.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
+_held: dict[int, tuple[int, int]] = {}
+"""Descriptor of a lock -> (device, inode) of its file."""
 _MAX_DEPTH = 256
 _WIPE_BLOCK = 1 << 20
 
@@ -216,16 +219,33 @@ def locked(path: Path, *, wait: float, shared: bool = False) -> Iterator[int]:
     that inherited the descriptor does not keep the lock.
     """
     fd = _acquire(path, wait, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    seen = os.fstat(fd)
+    _held[fd] = (seen.st_dev, seen.st_ino)
     try:
         if not shared:
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         yield fd
     finally:
+        del _held[fd]
         if not shared:
             os.ftruncate(fd, 0)
         fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
+
+
+def held() -> tuple[int, ...]:
+    """Descriptors of the locks that this process holds, for programs whose effects the locks guard."""
+    return tuple(fd for fd, file in _held.items() if _is(fd, file))
+
+
+def _is(fd: int, file: tuple[int, int]) -> bool:
+    # A child that was forked meanwhile may have closed it, and the number be another file's.
+    try:
+        seen = os.fstat(fd)
+    except OSError:
+        return False
+    return (seen.st_dev, seen.st_ino) == file
 
 
 def _acquire(path: Path, wait: float, how: int) -> int:

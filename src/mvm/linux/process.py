@@ -2,8 +2,8 @@
 
 Rules. A program is an argument list, never a shell string. It starts with a clean environment (`PATH`,
 `LANG`, `HOME` and what the caller names), `/dev/null` or given bytes as stdin, no descriptor beyond those
-passed, in a session of its own (so that a time-out can end the whole group, and Ctrl-C reaches only mvm,
-which then ends the group itself). Nothing secret belongs in `argv` or `env`: both are world-readable in
+passed (and locks, see `run`), in a session of its own (so that a time-out can end the whole group, and Ctrl-C
+reaches only mvm, which then ends the group itself). Nothing secret belongs in `argv` or `env`: both are world-readable in
 /proc. Every exit status is checked against `ok`.
 
 `run` waits for the program and returns its output, bounded by `MAX_OUTPUT`. `start` hands back a process
@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from mvm.core.errors import CommandFailed, MissingPrerequisite
+from mvm.linux.files import held
 
 if TYPE_CHECKING:
     import subprocess
@@ -206,8 +207,9 @@ def run(
 
     With `on_line`, stdout and stderr are one stream: each line goes to `on_line` as it comes (without its
     newline, undecodable bytes replaced) and all of it to `Completed.stdout`. A daemon that the program
-    leaves behind holding the pipes does not hold up the return. Raises CommandFailed (status not in `ok`,
-    time-out, too much output) and MissingPrerequisite (no such program).
+    leaves behind holding the pipes does not hold up the return. The locks that this process holds are the
+    program's too: if we are killed, nobody gets them before it has ended. Raises CommandFailed (status not in
+    `ok`, time-out, too much output) and MissingPrerequisite (no such program).
     """
     import subprocess
 
@@ -215,7 +217,7 @@ def run(
         argv, cwd,
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if on_line else subprocess.PIPE,
-        pass_fds=tuple(pass_fds), env=clean_environment(env), start_new_session=True, bufsize=0,
+        pass_fds=(*pass_fds, *held()), env=clean_environment(env), start_new_session=True, bufsize=0,
     )  # fmt: skip
     try:
         with popen:

@@ -17,11 +17,11 @@ from tests.support.fake_world import FakeWorld
 from mvm.cli.root import root
 from mvm.core import addressing
 from mvm.core.errors import Conflict, NotFound
-from mvm.core.ids import TenantId
+from mvm.core.ids import InstanceId, TenantId
 from mvm.core.ledger import Foreign, Kind, Lacks, Seen
 from mvm.hostd import ledger
 from mvm.hostd.ledger import recover_node, survey
-from mvm.hostd.resources import network, volume
+from mvm.hostd.resources import dm_crypt, network, volume
 from mvm.hostd.store import Store
 from mvm.linux import device_mapper
 from mvm.linux import netlink as nl
@@ -224,26 +224,29 @@ def test_what_cannot_be_looked_at_again_is_not_called_undone(
 
 
 @pytest.mark.req("L7", "K1")
-def test_mappings_are_told_by_the_file_below(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    def device(name: str, below: str, kind: str = "CRYPT-LUKS2-") -> Device:
-        return Device(name, f"{kind}{'0' * 32}-{name}", "/dev/dm-0", (below,) if below else ())
+def test_mappings_are_told_by_the_mark_of_their_directory(
+    world: FakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def device(name: str, kind: str = "CRYPT-LUKS2-") -> Device:
+        # Below it is what the kernel says once the mount namespace it was opened in is gone.
+        return Device(name, f"{kind}{'0' * 32}-{name}", "/dev/dm-0", ("/tenants/a/volumes/data.img",))
 
-    root = world.store.root
+    def image(tenant: str) -> Path:
+        return world.store.instance_paths(InstanceId(tenant, "x", 0)).data_disk
+
+    theirs = dm_crypt.render_name(Path("/srv/other/data.img"), "a--x-0")
     there = [
-        device("mvm-a--x-0", f"{root}/tenants/a/instances/x-0/volumes/data.img"),
-        device("mvm-b--x-0", f"{root}/tenants/b/instances/x-0/volumes/data.img (deleted)"),
-        device("mvm-c--x-0", "/srv/other/data.img"),
-        device("mvm-d--x-0", "/dev/sda3"),
-        device("mvm-e--x-0", ""),
-        device("mvm-swap", "/dev/sda4", "LVM-"),  # somebody's volume group of our name
+        device(dm_crypt.render_name(image("a"), "a--x-0")),
+        device(dm_crypt.render_name(image("a"), "b--x-0")),
+        device(theirs),
+        device("mvm-a--x-0"),
+        device("mvm-swap", "LVM-"),  # somebody's volume group of our name
     ]
     monkeypatch.setattr(device_mapper, "devices", lambda: there)
     assert list(ledger.mappings(world.store)) == [
         Seen(Kind.MAPPING, "mvm-a--x-0", below_root=True),
-        Seen(Kind.MAPPING, "mvm-b--x-0", below_root=True),
-        Seen(Kind.MAPPING, "mvm-c--x-0", below_root=False),
-        Seen(Kind.MAPPING, "mvm-d--x-0"),
-        Seen(Kind.MAPPING, "mvm-e--x-0"),
+        Seen(Kind.MAPPING, dm_crypt.render_name(image("a"), "b--x-0"), below_root=False),
+        Seen(Kind.MAPPING, theirs, below_root=False),
     ]
 
 

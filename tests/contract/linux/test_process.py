@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mvm.core.errors import CommandFailed, MissingPrerequisite
+from mvm.core.errors import Busy, CommandFailed, MissingPrerequisite
 from mvm.linux import memfd, pidfd, process
+from mvm.linux.files import locked
 
 
 def test_output_is_separate_and_the_environment_clean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,3 +209,41 @@ def test_run_works_in_a_forked_child() -> None:
         finally:
             os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.req("L3")
+def test_a_program_of_a_killed_command_keeps_its_locks(tmp_path: Path) -> None:
+    """Whoever recovers what the command was at must not begin while its program still changes the host."""
+    ran, killer = tmp_path / "ran", os.getpid()
+    if (child := os.fork()) == 0:
+        try:
+            with locked(tmp_path / "lock", wait=0):
+                process.run(["sh", "-c", f"touch {ran}.begun; sleep 0.5; touch {ran}"], timeout=10)
+        finally:
+            os._exit(int(os.getpid() != killer))
+    until = time.monotonic() + 10
+    while not Path(f"{ran}.begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with pytest.raises(Busy), locked(tmp_path / "lock", wait=0):
+        pass
+    assert not ran.exists()
+    with locked(tmp_path / "lock", wait=10):
+        assert ran.exists()
+
+
+def test_a_lock_that_was_closed_is_nobodys(tmp_path: Path) -> None:
+    """As in a forked child that closed what it inherited: the number may be another file's by now."""
+    with locked(tmp_path / "lock", wait=0) as fd:
+        kept = os.dup(fd)
+        try:
+            os.close(fd)
+            process.run(["true"], timeout=10)
+            assert os.open("/dev/null", os.O_RDONLY) == fd
+            done = process.run(["ls", "/proc/self/fd"], timeout=10)
+            assert str(fd) not in done.stdout.decode().split()
+        finally:
+            os.dup2(kept, fd)
+            os.close(kept)

@@ -266,7 +266,7 @@ def _volumes(store: Store) -> tuple[tuple[VolumeFacts, ...], tuple[int, ...]]:
 
 def _device(image: Path, mappings: list[dm_crypt.Mapping]) -> str:
     """The block device over an image, "" if the kernel has it not open."""
-    return next((mapping.path for mapping in mappings if mapping.image == os.path.realpath(image)), "")
+    return next((mapping.path for mapping in mappings if dm_crypt.is_of(mapping, image)), "")
 
 
 def _device_number(path: str) -> str:

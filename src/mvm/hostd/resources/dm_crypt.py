@@ -1,4 +1,4 @@
-"""Data disks opened by dm-crypt: an image becomes the block device `mvm-<vm name>`, whose sectors the kernel decrypts.
+"""Data disks opened by dm-crypt: an image becomes a block device, `mvm-<vm name>.<mark>`, that the kernel decrypts.
 
     open_mapping    cryptsetup opens it; read back; given to its holder; an owned descriptor of the device
     close           the mapping is gone, and with it the kernel's copy of the volume key; verified
@@ -13,18 +13,20 @@ udev is kept out of it (`udev`), and not waited for (`DM_DISABLE_UDEV`). The nod
 cryptsetup makes a second one, /dev/mapper/mvm-..., it is removed at once, so that it cannot outlive the mapping and
 lead to another.
 
-Names are the host's, not the state root's: a mapping is ours if the image below it lies in the instance's directory of
-volumes. Another root's is never touched.
+Names are the host's, so each ends with a mark of the directory that its image is in, by which it is known again:
+another state root's is never touched. The kernel's own word on the image would not do: it names the file as it was in
+the mount namespace of the daemon that opened it, and once that is gone nothing is left of that name but its end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mvm.core.errors import Busy, Conflict, IntegrityError, VmmError
+from mvm.core.errors import Busy, IntegrityError, VmmError
 from mvm.hostd.resources import udev
 from mvm.linux import device_mapper, process
 
@@ -41,7 +43,6 @@ CLOSE_S: Final = 5.0
 _RETRY_S: Final = 0.002
 # cryptsetup's uuid of a mapping ends with its name; a volume group `mvm` of somebody's LVM has names like ours.
 _UUID: Final = re.compile(r"CRYPT-LUKS[12]-[0-9a-f]{32}-(.+)", re.DOTALL)
-_DELETED: Final = " (deleted)"
 _FORMAT_1_SECTOR, _SECTOR = 512, 4096
 
 
@@ -50,21 +51,28 @@ class Mapping(NamedTuple):
 
     name: str
     vm_name: str
+    mark: str
     path: str
     image: str
 
 
-def render_name(vm_name: str) -> str:
-    """The mapping of an instance (`InstanceId.vm_name`), at most 127 bytes: `mvm-acme--default-0`."""
-    name = PREFIX + vm_name
+def mark(image: Path) -> str:
+    """Of the directory that an image is in, whichever image: one that is being made or replaced has the same."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(image.parent))).hexdigest()[:12]
+
+
+def render_name(image: Path, vm_name: str) -> str:
+    """The mapping of an instance's disk (`InstanceId.vm_name`), at most 127 bytes: `mvm-acme--default-0.01234567ab`."""
+    name = f"{PREFIX}{vm_name}.{mark(image)}"
     if len(name) > device_mapper.NAME_MAX:
         raise ValueError(f"too long for the name of a mapping: {name}")
     return name
 
 
-def parse_name(name: str) -> str | None:
-    """The vm name of a mapping, None for what `render_name` does not make."""
-    return name[len(PREFIX) :] if re.fullmatch(r"mvm-[a-z][a-z0-9-]*", name) else None
+def parse_name(name: str) -> tuple[str, str] | None:
+    """(vm name, mark) of a mapping, None for what `render_name` does not make."""
+    found = re.fullmatch(r"mvm-([a-z][a-z0-9-]*)\.([0-9a-f]{12})", name)
+    return None if found is None else (found[1], found[2])
 
 
 def unavailable() -> str:
@@ -92,24 +100,17 @@ def render_open(image: Path, name: str) -> list[str]:
 def open_mapping(image: Path, vm_name: str, phrase: SecretBytes, *, offset: int, luks: int) -> int:
     """Open `image` (`luks`: 1 or 2) and return an owned descriptor of its block device; the mapping lives as long.
 
-    A mapping that an interrupted command left is closed first. Conflict if another state root has one of this name,
-    IntegrityError if the kernel was not told to do what a header of ours says.
+    A mapping that an interrupted command left is closed first. IntegrityError if the kernel was not told to do what a
+    header of ours says.
     """
-    name = render_name(vm_name)
+    name = render_name(image, vm_name)
     close(image, vm_name)
-    other = _find(name)
-    if other is not None:
-        raise Conflict(
-            f"the name {name} is taken on this host",
-            details=f"{other.path} is open over {other.image or 'something else'}.",
-            resolution="An instance of the same name runs from another state root; stop it there.",
-        )
     udev.keep_out()
     process.run(render_open(image, name), stdin=bytes(phrase.view()), timeout=_OPEN_S, env=WITHOUT_UDEV)
     fd = -1
     try:
         mapping = _find(name)
-        if mapping is None or not is_over(mapping, image):
+        if mapping is None or mapping.image != os.path.realpath(image):
             raise VmmError(f"cryptsetup did not open {name} over {image}", details=str(mapping))
         fd = os.open(mapping.path, os.O_RDONLY | os.O_CLOEXEC)
         device_mapper.remove(name, deferred=True)
@@ -152,16 +153,15 @@ def opened() -> list[Mapping]:
 
 def parse(device: device_mapper.Device) -> Mapping | None:
     """A mapped device as one of ours, None if its name or uuid is not what cryptsetup gives ours."""
-    vm_name, uuid = parse_name(device.name), _UUID.fullmatch(device.uuid)
-    if vm_name is None or uuid is None or uuid[1] != device.name:
+    words, uuid = parse_name(device.name), _UUID.fullmatch(device.uuid)
+    if words is None or uuid is None or uuid[1] != device.name:
         return None
-    return Mapping(device.name, vm_name, device.path, device.below[0] if len(device.below) == 1 else "")
+    return Mapping(device.name, *words, device.path, device.below[0] if len(device.below) == 1 else "")
 
 
-def is_over(mapping: Mapping, image: Path) -> bool:
-    """Whether the mapping's file lies where `image` does: the image itself, or one that was being made or replaced."""
-    below = mapping.image.removesuffix(_DELETED)
-    return bool(below) and os.path.dirname(below) == os.path.realpath(image.parent)
+def is_of(mapping: Mapping, image: Path) -> bool:
+    """Whether the mapping is of a disk in the directory of `image`: the image itself, or one being made or replaced."""
+    return mapping.mark == mark(image)
 
 
 def close(image: Path, vm_name: str, *, wait_s: float = CLOSE_S) -> bool:
@@ -170,8 +170,8 @@ def close(image: Path, vm_name: str, *, wait_s: float = CLOSE_S) -> bool:
     Whoever still has it open is given `wait_s` seconds (its VMM has been ended; udev may look at it). After that Busy
     names them, and the kernel removes the mapping when the last of them lets go.
     """
-    mapping = _find(render_name(vm_name))
-    if mapping is None or not is_over(mapping, image):
+    mapping = _find(render_name(image, vm_name))
+    if mapping is None:
         return False
     deadline = time.monotonic() + wait_s
     problem = ""

@@ -15,7 +15,7 @@ from mvm.linux import process
 from mvm.linux.device_mapper import NAME_MAX, Device
 
 ACME = InstanceId("acme", "default", 0)
-NAME = "mvm-acme--default-0"
+NAME = "mvm-acme--default-0.0123456789ab"
 UUID = f"CRYPT-LUKS2-{'0' * 32}-{NAME}"
 
 
@@ -24,12 +24,12 @@ def test_names_and_uuids_fit_for_the_longest_ids_and_are_read_back() -> None:
     """Also the uuid that cryptsetup makes of it: what is too long it cuts, and two disks could be taken for one."""
     longest = InstanceId("t" * limits.TENANT_ID_MAX, "p" * limits.POOL_ID_MAX, limits.INSTANCES_PER_POOL - 1)
     for instance in (ACME, longest):
-        name = dm_crypt.render_name(instance.vm_name)
+        name = dm_crypt.render_name(Path("/s/data.img"), instance.vm_name)
         assert len(name) <= NAME_MAX
         assert len(f"CRYPT-LUKS2-{'0' * 32}-{name}") <= 128
-        assert dm_crypt.parse_name(name) == instance.vm_name
+        assert dm_crypt.parse_name(name) == (instance.vm_name, dm_crypt.mark(Path("/s/other.img")))
     with pytest.raises(ValueError, match="too long"):
-        dm_crypt.render_name("x" * 124)
+        dm_crypt.render_name(Path("/s/data.img"), "x" * 111)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,8 @@ def test_names_and_uuids_fit_for_the_longest_ids_and_are_read_back() -> None:
         (NAME, UUID + "-1"),
         (NAME, ""),
         ("luks-0", UUID),
-        ("mvm-A", f"CRYPT-LUKS2-{'0' * 32}-mvm-A"),
+        ("mvm-A.0123456789ab", f"CRYPT-LUKS2-{'0' * 32}-mvm-A.0123456789ab"),
+        ("mvm-a", f"CRYPT-LUKS2-{'0' * 32}-mvm-a"),
         (f"{NAME}\n", f"{UUID}\n"),
     ],
 )
@@ -49,22 +50,20 @@ def test_somebody_elses_device_is_never_taken_for_ours(name: str, uuid: str) -> 
 
 @pytest.mark.req("K1")
 def test_a_mapping_is_known_by_the_directory_of_its_image(tmp_path: Path) -> None:
+    """Whatever the kernel calls the image: in a namespace that is gone, a file has no beginning of its path."""
     image = tmp_path / "volumes" / "data.img"
     image.parent.mkdir()
-
-    def mapping(below: str) -> dm_crypt.Mapping:
-        found = dm_crypt.parse(Device(NAME, UUID, "/dev/dm-0", (below,)))
+    name = dm_crypt.render_name(image, ACME.vm_name)
+    for below in (str(image), f"{image} (deleted)", "/volumes/data.img", ""):
+        found = dm_crypt.parse(Device(name, f"{UUID[:45]}{name}", "/dev/dm-0", (below,)))
         assert found is not None
-        return found
-
-    assert mapping(str(image)).vm_name == ACME.vm_name
-    for ours in (image, f"{image} (deleted)", image.with_name(".tmp-1")):
-        assert dm_crypt.is_over(mapping(str(ours)), image)
-    for theirs in ("", "/dev/sda1", "/other/root/volumes/data.img", f"{image}/x"):
-        assert not dm_crypt.is_over(mapping(theirs), image)
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path)
-    assert dm_crypt.is_over(mapping(str(image)), link / "volumes" / "data.img")
+        assert found.vm_name == ACME.vm_name
+        assert dm_crypt.is_of(found, image)
+        assert dm_crypt.is_of(found, image.with_name(".tmp-1"))
+        assert not dm_crypt.is_of(found, tmp_path / "other" / "data.img")
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path)
+        assert dm_crypt.is_of(found, tmp_path / "link" / "volumes" / "data.img")
 
 
 @pytest.mark.req("K1", "K2")
