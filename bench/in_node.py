@@ -1,6 +1,6 @@
 """Run a benchmark in the development node, which has to run (`mvm start`). Needs root.
 
-    python -m bench.in_node [--firecracker DIR] [--program sleep_wake|profile_wake] [ARGUMENT...]
+    python -m bench.in_node [--firecracker DIR] [--program sleep_wake|profile_wake|uffd] [ARGUMENT...]
 
 Builds the guest here, where nix is, carries it, the benchmarks and what DIR holds (firecracker and jailer) into the
 node, and runs there, with every other argument:
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         prog="bench.in_node", description=__doc__.split("\n", 1)[0], allow_abbrev=False
     )
     parser.add_argument("--firecracker", type=Path, metavar="DIR", help="firecracker and jailer, here")
-    parser.add_argument("--program", choices=("sleep_wake", "profile_wake"), default="sleep_wake")
+    parser.add_argument("--program", choices=("sleep_wake", "profile_wake", "uffd"), default="sleep_wake")
     return parser.parse_known_args(arguments)
 
 

@@ -29,7 +29,7 @@ from mvm.core.ids import PoolId, TenantId
 from mvm.core.lifecycle import State
 from mvm.core.plan import InstancePlan, plan_instance
 from mvm.core.record import InstanceRecord
-from mvm.core.snapshot import SleepReceipt, WakeReceipt
+from mvm.core.snapshot import Fingerprint, SleepReceipt, WakeReceipt
 from mvm.core.spec import Profile, new_tenant
 from mvm.hostd.assembly import assemble, has_secrets, load_revision
 from mvm.hostd.guest_channel import distrust_ports
@@ -40,6 +40,7 @@ from mvm.hostd.pager import open_memory, plain_memory
 from mvm.hostd.sealing import CHUNK, SealedImage
 from mvm.hostd.stopwatch import Stopwatch
 from mvm.hostd.store import InstancePaths, Store
+from mvm.hostd.vmm.driver import GuestMemory, Vm
 from mvm.linux.files import remove_tree
 from mvm.linux.process import Completed, run
 from mvm.standalone.compose import CACHE, FileAuditLog, key_provider
@@ -92,8 +93,41 @@ class Restored(NamedTuple):
     answered_at: float
 
 
+class Opened(NamedTuple):
+    """A snapshot's memory, on the way into a VMM. `load`: its device state, into a VMM that was started for it."""
+
+    memory: GuestMemory
+    authenticate: Callable[[], None]
+    load: Callable[[Vm], None]
+
+
+Way = Callable[["Guest", Context, Fingerprint, ExitStack], Opened]
+"""How a snapshot becomes the memory of a VM."""
+
+
+def plain(guest: Guest, context: Context, fingerprint: Fingerprint, opened: ExitStack) -> Opened:
+    """From a file that was decrypted before."""
+    return Opened(
+        plain_memory(guest.plain_image), lambda: None, lambda vm: vm.load_state(guest.state_of_plain)
+    )
+
+
+def encrypted(guest: Guest, context: Context, fingerprint: Fingerprint, opened: ExitStack) -> Opened:
+    """As shipped."""
+    image = opened.enter_context(open_snapshot(context, fingerprint))
+    state = image.state()
+    memory = open_memory(image, guest.plan.uid, guest.plan.gid, context.paths.runtime / "memory")
+    return Opened(memory, image.authenticate, lambda vm: vm.load_state(state))
+
+
+def open_snapshot(context: Context, fingerprint: Fingerprint) -> SealedImage:
+    ref = context.record.snapshot
+    assert ref is not None
+    return open_latest(context, ref, fingerprint)
+
+
 class Guest:
-    """One tenant with one instance of `size` MiB."""
+    """One tenant with one instance of `size` MiB. `plain_image`, `state_of_plain`: see `make_plain`."""
 
     def __init__(self, node: Node, size: int) -> None:
         self.size = size
@@ -102,9 +136,9 @@ class Guest:
         self.worker = Worker("")
         self.plan = self._create()
         self._pristine = node.scratch / f"data-{size}.img"
-        self._plain = node.scratch / f"memory-{size}.plain"
+        self.plain_image = node.scratch / f"memory-{size}.plain"
         self._plain_of = ""
-        self._state = b""
+        self.state_of_plain = b""
 
     def _create(self) -> InstancePlan:
         node = self._node.facade
@@ -192,20 +226,20 @@ class Guest:
         if self._plain_of == record.snapshot.id:
             return
         with open_latest(self._context(), record.snapshot) as image:
-            write_plain(image, self._plain)
-            self._state = image.state()
-        os.chown(self._plain, self.plan.uid, self.plan.gid)
+            write_plain(image, self.plain_image)
+            self.state_of_plain = image.state()
+        os.chown(self.plain_image, self.plan.uid, self.plan.gid)
         _copy(self.paths.data_disk, self._pristine)
         self._plain_of = record.snapshot.id
 
-    def restore(self, *, plain: bool) -> Restored:
+    def restore(self, way: Way) -> Restored:
         """Restore without taking the instance out of its sleep; the VM is ended and the disk put back afterwards.
 
         The steps are those of `mvm.hostd.operations.wake`, without its records on disk.
         """
         self.make_plain()
         try:
-            return self._restore(plain)
+            return self._restore(way)
         finally:
             context = self._context()
             context.end_vm(0)
@@ -213,10 +247,8 @@ class Guest:
             context.release_network()
             _copy(self._pristine, self.paths.data_disk)
 
-    def _restore(self, plain: bool) -> Restored:
+    def _restore(self, way: Way) -> Restored:
         node, context = self._node, self._context()
-        ref = context.record.snapshot
-        assert ref is not None
         steps: list[Step] = []
         pid = 0
         before = spent = cost.Cpu(time.process_time(), 0, 0)
@@ -239,13 +271,7 @@ class Guest:
             distrust_ports(context.paths.runtime, range(1, 8))
             step("assemble")
             core = time.perf_counter()
-            image: SealedImage | None = None
-            if plain:
-                state, memory = self._state, plain_memory(self._plain)
-            else:
-                image = opened.enter_context(open_latest(context, ref, fingerprint))
-                state = image.state()
-                memory = open_memory(image, self.plan.uid, self.plan.gid, context.paths.runtime / "memory")
+            memory, authenticate, load = way(self, context, fingerprint, opened)
             step("open memory")
             try:
                 vm = node.driver.restore(machine, memory)
@@ -254,10 +280,9 @@ class Guest:
             opened.callback(vm.close)
             pid = vm.identity.pid
             step("start VMM")
-            if image is not None:
-                image.authenticate()
+            authenticate()
             step("verify")
-            vm.load_state(state)
+            load(vm)
             step("load devices")
             vm.resume()
             step("resume")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from bench.cost import Cpu
 from bench.figures import aligned
-from bench.node import WINDOW_S, Restored, measuring_node
+from bench.node import WINDOW_S, Restored, encrypted, measuring_node, plain
 from bench.target import Target, add_options, of_options
 
 from mvm.core.errors import MvmError
@@ -157,8 +157,8 @@ def pager_use(events: Sequence[Event], restored: Restored) -> PagerUse:
 
 def profile(size: int, repeats: int, say: Callable[[str], None], target: Target) -> dict[str, Any]:
     """Medians, as a JSON-able object."""
-    plain: list[Restored] = []
-    encrypted: list[Restored] = []
+    without: list[Restored] = []
+    sealed: list[Restored] = []
     used: list[PagerUse] = []
     with measuring_node((size,), say, target) as node:
         guest = node.guests[0]
@@ -174,17 +174,17 @@ def profile(size: int, repeats: int, say: Callable[[str], None], target: Target)
             say(f"{100 * repeat // repeats:3d} %  repeat {repeat + 1}/{repeats}")
             for is_plain in (True, False) if repeat % 2 else (False, True):
                 with watched() as log:
-                    restored = guest.restore(plain=is_plain)
+                    restored = guest.restore(plain if is_plain else encrypted)
                 if is_plain:
-                    plain.append(restored)
+                    without.append(restored)
                 else:
-                    encrypted.append(restored)
+                    sealed.append(restored)
                     used.append(pager_use(list(log.events()), restored))
     return {
         "size_mib": size,
         "repeats": repeats,
-        "plain": _medians(plain),
-        "encrypted": _medians(encrypted),
+        "plain": _medians(without),
+        "encrypted": _medians(sealed),
         "pager": {name: statistics.median(getattr(use, name) for use in used) for name in PagerUse._fields},
     }
 

@@ -27,7 +27,17 @@ from typing import Any
 from bench import figures
 from bench.cost import Cpu
 from bench.figures import Samples, Verdict, ratio
-from bench.node import WINDOW_S, Guest, Node, Timed, measuring_node, sleep_receipt, wake_receipt
+from bench.node import (
+    WINDOW_S,
+    Guest,
+    Node,
+    Timed,
+    encrypted,
+    measuring_node,
+    plain,
+    sleep_receipt,
+    wake_receipt,
+)
 from bench.target import add_options, of_options
 
 from mvm.core.errors import MvmError
@@ -165,9 +175,9 @@ class Run:
     def _pair(self, guest: Guest, *, plain_first: bool) -> str:
         guest.make_plain()
         told = []
-        for plain in (True, False) if plain_first else (False, True):
-            name = "plain" if plain else "encrypted"
-            restored = guest.restore(plain=plain)
+        for way in (plain, encrypted) if plain_first else (encrypted, plain):
+            name = "plain" if way is plain else "encrypted"
+            restored = guest.restore(way)
             self.samples.add(name, guest.size, restored.core)
             self.samples.add(f"{name} whole", guest.size, restored.wall)
             self.samples.add(f"{name} served", guest.size, restored.served)

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ VERBS = {
 SECONDS = {"run": 20.0, "sleep": 5.0, "wake": 4.0, "stop": 6.0}
 """About how long each takes in a node that is itself emulated; a moment past the end is one of idleness."""
 READY_S = 180.0
+TOLD_KILLS = 10
+"""Kills in a row before it is said how far it has come."""
 _MARK = "echo {n} >/data/mark.new && sync && mv /data/mark.new /data/mark && sync"
 
 
@@ -159,6 +161,11 @@ class NodeCampaign:
         self.marks[tenant] = (self._n, self._n)
 
 
+def batched(items: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
+
+
 def node_campaign(
     rig: Rig,
     tenants: Sequence[str],
@@ -172,15 +179,18 @@ def node_campaign(
     campaign = NodeCampaign(rig, tenants, seed)
     order = ["kill"] * kills + ["power"] * power_losses
     campaign.rng.shuffle(order)
-    turns = [(kind, len(list(same))) for kind, same in groupby(order)]
+    turns = [
+        (kind, len(part))
+        for kind, same in groupby(order)
+        for part in batched(list(same), TOLD_KILLS if kind == "kill" else 1)
+    ]
     number = 0
     for kind, times in turns:
         try:
             if kind == "kill":
                 campaign.kill(times)
-            for one in range(times if kind == "power" else 0):
+            else:
                 campaign.lose_power()
-                tell(f"node: {number + one + 1} of {len(order)} (power); {campaign.states}")
         except (AssertionError, subprocess.TimeoutExpired) as error:
             where = f"after {number} of {len(order)} turns, in {times} of kind {kind}"
             raise AssertionError(f"seed {seed}, {where}, {dict(campaign.counts)}: {error}") from error

@@ -3,8 +3,8 @@
 Rules. A program is an argument list, never a shell string. It starts with a clean environment (`PATH`,
 `LANG`, `HOME` and what the caller names), `/dev/null` or given bytes as stdin, no descriptor beyond those
 passed (and locks, see `run`), in a session of its own (so that a time-out can end the whole group, and Ctrl-C
-reaches only mvm, which then ends the group itself). Nothing secret belongs in `argv` or `env`: both are world-readable in
-/proc. Every exit status is checked against `ok`.
+reaches only mvm, which then ends the group itself). Nothing secret belongs in `argv` or `env`: both are
+world-readable in /proc. Every exit status is checked against `ok`.
 
 `run` waits for the program and returns its output, bounded by `MAX_OUTPUT`. `start` hands back a process
 that outlives the call, held by a pidfd, so that no signal can reach a stranger who got the same number.
