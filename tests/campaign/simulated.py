@@ -106,7 +106,7 @@ class SimulatedVm:
             raise VmmError("the simulated VMM is gone")
         return found
 
-    def pause(self, *, reclaim: bool = False) -> None:
+    def pause(self) -> None:
         self._there()
         self._kernel.set_status(self._runtime, "paused")
 

@@ -196,7 +196,7 @@ class FakeVm:
             raise VmmError(f"the fake VMM refused {command}", details=answer["error"])
         return answer
 
-    def pause(self, *, reclaim: bool = False) -> None:
+    def pause(self) -> None:
         self.ask("pause")
 
     def resume(self) -> None:

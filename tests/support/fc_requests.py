@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
         "amount_mib": 0,
         "deflate_on_oom": True,
         "stats_polling_interval_s": 1,
-        "free_page_hinting": True,
+        "free_page_reporting": True,
     },
     "entropy": {},
     "logger": {"level": "Info"},
@@ -56,7 +56,4 @@ def every() -> Iterator[rq.Call]:
         network_overrides=(rq.NetworkOverride("eth0", "mvm-t1s0"),),
         vsock_override=rq.VsockOverride("/run/vsock.sock"),
     ).call()
-    yield rq.StartHinting(acknowledge_on_stop=True).call()
-    yield rq.STOP_HINTING
     yield rq.GET_INSTANCE
-    yield rq.GET_HINTING

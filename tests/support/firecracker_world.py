@@ -97,10 +97,13 @@ def break_with(programs: Path, *faults: str, version: str = "1.16.1") -> None:
 
 
 @contextmanager
-def firecracker_world(programs: Path, **options: object) -> Iterator[FirecrackerWorld]:
-    """`options`: for the driver."""
-    balloon = {"amount_mib": 0, "deflate_on_oom": True, "free_page_hinting": True}
-    base = {**json.loads(FAKE_FILES[revisions.FC_BASE]), "balloon": balloon}
+def firecracker_world(
+    programs: Path, *, balloon: bool = True, **options: object
+) -> Iterator[FirecrackerWorld]:
+    """`balloon`: whether guests report what they have free. `options`: for the driver."""
+    base = json.loads(FAKE_FILES[revisions.FC_BASE])
+    if balloon:
+        base["balloon"] = {"amount_mib": 0, "deflate_on_oom": True, "free_page_reporting": True}
     files: dict[str, bytes | Path] = {
         **FAKE_FILES,
         revisions.KERNEL: elf_kernel(),

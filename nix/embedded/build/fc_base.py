@@ -17,8 +17,8 @@ def main() -> None:
             "boot_args": policy["boot_args"],
         },
         "machine-config": {"vcpu_count": 1, "mem_size_mib": 256, "smt": False},
-        # Nothing is ever inflated: a guest that goes to sleep names its free memory, which then is in no snapshot.
-        "balloon": {"amount_mib": 0, "deflate_on_oom": True, "free_page_hinting": True},
+        # Nothing is ever inflated: the guest reports what it has free, and Firecracker gives it back to the host.
+        "balloon": {"amount_mib": 0, "deflate_on_oom": True, "free_page_reporting": True},
         "drives": [],
         "network-interfaces": [],
     }

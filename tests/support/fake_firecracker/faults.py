@@ -18,7 +18,6 @@
     no kvm                          InstanceStart and load answer that there is no KVM (a load then exits 1)
     no filter                       no thread has a seccomp filter, as in a build without them
     vcpu without filter             the vCPU threads have none
-    hinting without end             the guest's balloon driver never has named all that is free
     no guest                        nothing in the guest listens on any vsock port
     silent guest                    the guest takes connections and answers nothing
     silent after load               the same, but only in a restored guest
@@ -34,8 +33,7 @@ from __future__ import annotations
 
 _PLAIN = (
     "no socket", "no space", "load fails", "resume fails", "no kvm", "no filter", "vcpu without filter", "no guest",
-    "silent guest", "silent after load", "hinting without end",
-    "ignore sigterm", "jailer refuses", "jailer cannot exec", "jailer hangs",
+    "silent guest", "silent after load", "ignore sigterm", "jailer refuses", "jailer cannot exec", "jailer hangs",
 )  # fmt: skip
 _NUMBER = ("slow start", "exit at start")
 _REQUEST = ("hang", "refuse", "late", "garbage", "cut")

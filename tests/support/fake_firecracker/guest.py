@@ -64,7 +64,8 @@ class _Gate:
 
 
 class Guest:
-    """`ended(code)`: the guest asks for its VMM's end. Starts paused: the caller holds `processor`."""
+    """`ended(code)`: the guest asks for its VMM's end. `reported(first, count)`: its balloon driver says that pages are
+    free, a moment after they are; None without one that does. Starts paused: the caller holds `processor`."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Guest:
         restored: bool,
         console: Callable[[bytes], None],
         ended: Callable[[int], None],
+        reported: Callable[[int, int], None] | None,
         faults: Faults,
     ) -> None:
         self.memory = memory
@@ -81,6 +83,8 @@ class Guest:
         self._restored = restored
         self._console = console
         self._ended = ended
+        self._reported = reported
+        self._freed: list[tuple[int, int]] = []
         self._silent = "silent guest" in faults or (restored and "silent after load" in faults)
         self._listens = "no guest" not in faults
         self._arrivals: list[tuple[int, socket.socket]] = []
@@ -122,6 +126,8 @@ class Guest:
             with self.processor:
                 if self._ctrl_alt_del:
                     self._ended(0)
+                while self._freed and self._reported is not None:
+                    self._reported(*self._freed.pop())
                 if not self._off:
                     self.memory.write(COUNTER, (self.count() + 1).to_bytes(8, "little"))
             time.sleep(_TICK_S)
@@ -234,8 +240,9 @@ class Guest:
         return {}
 
     def do_free(self, request: dict[str, Any]) -> dict[str, Any]:
-        """`count` pages from `first` are not in use any more; what is in them stays."""
+        """`count` pages from `first` are not in use any more; what is in them stays until they are reported."""
         self._mark_used(request["first"], request["count"], False)
+        self._freed.append((request["first"], request["count"]))
         return {}
 
     def do_read(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,14 @@ class Machine(Resources):
                 raise ApiError(
                     f"Start microvm error: Error creating legacy device: {text_of(error)}"
                 ) from None
+        reports = self._balloon is not None and self._balloon["free_page_reporting"]
         self._guest = Guest(
-            self._memory, restored=restored, console=self._console, ended=self._exit, faults=self.faults
+            self._memory,
+            restored=restored,
+            console=self._console,
+            ended=self._exit,
+            reported=self._discard if reports else None,
+            faults=self.faults,
         )
         vsock = self._vsock
         if vsock is not None:
@@ -90,6 +96,10 @@ class Machine(Resources):
                 os.write(self._serial if self._serial >= 0 else 1, data)
             except OSError:
                 return
+
+    def _discard(self, first: int, count: int) -> None:
+        assert self._memory is not None
+        self._memory.discard(first * PAGE, count * PAGE)
 
     # Pause and resume.
 
@@ -116,7 +126,6 @@ class Machine(Resources):
         if self.state == "Running":
             self._pause()
         self._inflate()
-        self._hint()
         if self._vsock is not None:
             self._vsock.kick()
             self._vsock.lock.release()
@@ -213,36 +222,15 @@ class Machine(Resources):
         if not self._running_balloon()["free_page_hinting"]:
             raise ApiError("Balloon update error: Balloon error: Attempting to use hinting when not enabled")
 
-    def _start_hinting(self, value: dict[str, Any]) -> None:
-        """Numbers 0 and 1 are commands: that a run is to stop, and that the guest may have back what it named."""
+    def _start_hinting(self, _: dict[str, Any]) -> None:
         self._hinting()
-        self._hints = max(2, self._hints + 1)
-        self._host_cmd, self._acknowledge = self._hints, value.get("acknowledge_on_stop", True)
-        if self.state == "Running":
-            assert self._guest is not None
-            with self._guest.processor:
-                self._hint()
-
-    def _hint(self) -> None:
-        """What the guest's driver does once it runs: name all that it has free, and say that it is done."""
-        if self._host_cmd in (0, 1, self._named) or self._guest is None or self._memory is None:
-            return
-        if "hinting without end" in self.faults:
-            return
-        self._named = self._host_cmd
-        for first, count in self._guest.unused(self._memory.size // PAGE):
-            self._memory.discard(first * PAGE, count * PAGE)
-        self._guest_cmd = 0
-        if self._acknowledge:
-            self._host_cmd = 1
 
     def _stop_hinting(self, _: None) -> None:
         self._hinting()
-        self._host_cmd = 1
 
     def _get_hinting(self, _: None) -> dict[str, Any]:
         self._hinting()
-        return {"host_cmd": self._host_cmd, "guest_cmd": self._guest_cmd}
+        return {"host_cmd": 0, "guest_cmd": None}
 
     def _get_memory_hotplug(self, _: None) -> dict[str, Any]:
         if self._hotplug is None:

@@ -58,8 +58,6 @@ class Resources:
         self._vsock: Vsock | None = None
         self._balloon: dict[str, Any] | None = None
         self._inflated: list[list[int]] = []
-        self._hints, self._host_cmd, self._named, self._acknowledge = 1, 0, 0, True
-        self._guest_cmd: int | None = None
         self._entropy: dict[str, Any] | None = None
         self._hotplug: dict[str, Any] | None = None
         self._mmds: Any = None

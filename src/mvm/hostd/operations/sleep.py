@@ -92,8 +92,7 @@ def _seal(context: Context, snapshot: SnapshotId) -> tuple[SnapshotRef, sealing.
         vm = context.vm()
         opened.callback(vm.close)
         context.watch.phase("pause")
-        # A first snapshot is of all memory, so it is worth while to have less of it; later ones are of what changed.
-        vm.pause(reclaim=record.snapshot is None)
+        vm.pause()
         context.fault("paused")
         state = vm.save_state()
         context.watch.phase("seal memory")

@@ -5,7 +5,7 @@ Life of a VM, in the only legal order:
     start(machine)            -> Vm, running          cold boot
     restore(machine, memory)  -> Vm, waiting          started on a snapshot's memory; takes only `load_state`
     vm.load_state(state)                              now paused where the snapshot left off
-    vm.pause / vm.resume      idempotent; a pause may have the guest give back what it has free
+    vm.pause / vm.resume      idempotent
     vm.save_state()           only while paused; the guest's memory is read through vm.memory() beside it
     vm.stop(grace_s)          ends it, in every state; idempotent
     adopt(identity, runtime)  -> Vm                   the same VM from another process of ours
@@ -158,11 +158,7 @@ class Vm(Protocol):
         ...
 
     def is_alive(self) -> bool: ...
-    def pause(self, *, reclaim: bool = False) -> None:
-        """`reclaim`: before that, what the guest has free goes back to the host, as far as VMM and guest know how. Only
-        before the first save: later it would make memory differ from the image that it was restored from."""
-        ...
-
+    def pause(self) -> None: ...
     def resume(self) -> None: ...
     def save_state(self) -> bytearray:
         """The state of the devices and CPUs, without memory. It holds guest secrets (registers): treat as memory."""

@@ -55,14 +55,6 @@ class CreateSnapshot(_Request, frozen=True, omit_defaults=True):
     snapshot_type: Literal["Full", "Diff"]
 
 
-class StartHinting(_Request, frozen=True, omit_defaults=True):
-    """Have the guest's balloon driver name memory that is free; Firecracker gives it back to the host as it does."""
-
-    method: ClassVar[Literal["GET", "PUT", "PATCH"]] = "PATCH"
-    path: ClassVar[str] = "/balloon/hinting/start"
-    acknowledge_on_stop: bool
-
-
 class MemoryBackend(msgspec.Struct, frozen=True):
     backend_type: Literal["File"]
     backend_path: str
@@ -89,10 +81,6 @@ class LoadSnapshot(_Request, frozen=True, omit_defaults=True):
 
 
 GET_INSTANCE: Final = Call("GET", "/")
-GET_HINTING: Final = Call("GET", "/balloon/hinting/status")
-STOP_HINTING: Final = Call("PATCH", "/balloon/hinting/stop")
-HINTING_DONE: Final = 1
-"""`host_cmd` of that answer when no run is under way any more and the guest has what it named back."""
 
 
 def call(method: Literal["GET", "PUT", "PATCH"], path: str, body: object) -> Call:

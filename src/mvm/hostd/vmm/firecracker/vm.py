@@ -38,8 +38,6 @@ READY_S: Final = 30.0
 CALL_S: Final = 30.0
 """Firecracker itself gives its vCPUs that long to pause."""
 LOAD_S: Final = 60.0
-RECLAIM_S: Final = 2.0
-"""How long a guest may take to name its free memory before a sleep; what it has named by then is given back."""
 FILTERS_S: Final = 2.0
 """How long a VMM's threads may take to put on their filters, which they do as they start."""
 STATE_MAX: Final = 10_000_000
@@ -122,37 +120,10 @@ class FirecrackerVm:
         except VmmError as error:
             raise self._explained(error) from error
 
-    def pause(self, *, reclaim: bool = False) -> None:
+    def pause(self) -> None:
         if self._state() != "Paused":
-            if reclaim:
-                self._reclaim()
             self._saved.unlink(missing_ok=True)
             self.ask(rq.SetState("Paused").call())
-
-    def _reclaim(self) -> None:
-        """Have the guest name what it has free, for RECLAIM_S at most, and Firecracker give it back to the host.
-
-        By free page hinting of the balloon device: nothing is inflated, so a wake has nothing to deflate.
-        """
-        try:
-            self._api.call(rq.StartHinting(acknowledge_on_stop=True).call(), timeout=CALL_S)
-        except Refused:
-            return  # the flake configures no such balloon, or the guest has no driver for it
-        except VmmError as error:
-            raise self._explained(error) from error
-        deadline = time.monotonic() + RECLAIM_S
-        while self._hinting() != rq.HINTING_DONE:
-            if time.monotonic() > deadline:
-                # It may use again what it has named, whether it was done or not.
-                self.ask(rq.STOP_HINTING)
-                return
-            time.sleep(0.002)
-
-    def _hinting(self) -> object:
-        try:
-            return self._api.get(rq.GET_HINTING, timeout=CALL_S).get("host_cmd")
-        except VmmError as error:
-            raise self._explained(error) from error
 
     def resume(self) -> None:
         if self._state() == "Running":

@@ -231,8 +231,7 @@ class QemuVm:
         errors = self._runtime / "logs" / "vmm.log"
         return tail(errors) if self.is_alive() else last_words(self._runtime, errors)
 
-    def pause(self, *, reclaim: bool = False) -> None:
-        # Nothing to reclaim by: QEMU's hinting is part of its own migration, and does not give memory back.
+    def pause(self) -> None:
         self._call("stop")
 
     def resume(self) -> None:
