@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import statistics
 import struct
@@ -148,7 +149,7 @@ def by_userfault(guest: Guest, context: Context, fingerprint: Fingerprint, opene
     image = opened.enter_context(open_snapshot(context, fingerprint))
     state = image.state()
     handlers: list[int] = []
-    opened.callback(lambda: [os.waitpid(pid, 0) for pid in handlers])
+    opened.callback(lambda: [_end(pid) for pid in handlers])
 
     def load(vm: Vm) -> None:
         assert isinstance(vm, FirecrackerVm)
@@ -156,6 +157,12 @@ def by_userfault(guest: Guest, context: Context, fingerprint: Fingerprint, opene
 
     # The file is bound into the jail, and the VMM does not open it.
     return Opened(plain_memory(guest.plain_image), image.authenticate, load)
+
+
+def _end(pid: int) -> None:
+    """A handler whose VMM may be there yet: an answer that did not come is no reason to wait for it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _load(vm: FirecrackerVm, state: bytes, image: SealedImage, uid: int) -> int:

@@ -229,7 +229,7 @@ fc_vouched() { # fc_vouched NAME [ENDING]: whether it is there and the operator'
         '{ n = $2; sub(/^\*/, "", n); sub(/.*\//, "", n); if (n == name) ok = 1 } END { exit !ok }' "$firecracker_sums"
 }
 fc_version_of() { # what the program says it is
-    "$work/fc/$1" --version 2>/dev/null </dev/null | sed -n "1s/^[A-Za-z]* v\([0-9][0-9.]*\)\$/\1/p"
+    "$work/fc/$1" --version 2>/dev/null </dev/null | sed -n "1s/^[A-Za-z-]* v\([0-9][0-9.]*\)\$/\1/p"
 }
 if [ -n "$firecracker" ]; then
     [ -f "$firecracker_sums" ] || die "$firecracker_sums is not a file"
@@ -244,7 +244,14 @@ if [ -n "$firecracker" ]; then
     # Both, or none: the list is nothing without its compiler.
     if fc_vouched seccomp-filter .json && fc_vouched seccompiler-bin; then
         fc_take seccomp-filter .json
+        case ${path##*/} in
+        seccomp-filter.json | seccomp-filter-v"$fc_version"-*) ;;
+        *) die "$path is not of Firecracker $fc_version" "Take all of it from one release." ;;
+        esac
         fc_take seccompiler-bin
+        compiler_version=$(fc_version_of seccompiler-bin)
+        [ "$fc_version" = "$compiler_version" ] ||
+            die "firecracker is $fc_version and seccompiler-bin is ${compiler_version:-unknown}" "Take both from one release."
         chmod 0644 "$work/fc/seccomp-filter.json"
     fi
     fc_place=$root/usr/lib/mvm/firecracker/$fc_version
@@ -339,9 +346,9 @@ if [ -n "$fc_version" ] && fc_lacks; then
     sync -f "$new"
     if [ -d "$fc_place" ]; then # of an installation without all of them; what is there is the same, as was seen above
         for name in $fc_names; do
-            mv -- "$new/$name" "$fc_place/$name"
+            [ -e "$fc_place/$name" ] || mv -- "$new/$name" "$fc_place/$name"
         done
-        rmdir -- "$new"
+        rm -r -- "$new"
         sync -f "$fc_place"
     else
         mv -T -- "$new" "$fc_place"

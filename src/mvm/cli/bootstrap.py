@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mvm.hostd.inspect.doctor import Check
     from mvm.hostd.install.needs import Lack
-    from mvm.hostd.install.plan import Step
+    from mvm.hostd.install.plan import Step, StrictFilter
 
 
 @command("bootstrap", examples="mvm bootstrap --dry-run\nmvm bootstrap\nmvm bootstrap --development")
@@ -43,7 +43,6 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     from mvm.hostd.install.observe import firecracker_is_there, observe, program_check, require_systemd
     from mvm.hostd.install.plan import plan
     from mvm.hostd.install.verify import verify
-    from mvm.standalone.compose import CACHE
 
     _require_root(app)
     mode = needs.DEVELOPMENT if development else needs.BASELINE
@@ -63,7 +62,9 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     conditional = {units.FIRECRACKER} if firecracker_is_there() else set()
     if development and needs.emulated(checks):
         conditional.add(units.EMULATION)
-    steps = plan(observe(shipped, root, CACHE), shipped, mode=mode, conditional=conditional, root=root)
+    observed = observe(shipped, root)
+    strict = _strict_filter(app, observed.settings)
+    steps = plan(observed, shipped, mode=mode, conditional=conditional, root=root, strict=strict)
     if dry_run:
         _tell(app, steps, done=False)
         app.say("Nothing was changed." if steps else "Nothing would be changed.")
@@ -80,6 +81,23 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
         )
     else:
         app.say(f"Nothing had to be changed: mvm-hostd runs as a service, in {mode} mode.")
+
+
+def _strict_filter(app: App, settings: str | None) -> StrictFilter | None:
+    """One that can be pinned in `settings`. A host does without: tenants that ask for it do not start then."""
+    from mvm.core.errors import MvmError
+    from mvm.hostd.install.observe import strict_filter
+    from mvm.hostd.install.plan import with_filter
+
+    try:
+        found = strict_filter()
+        if found is not None:
+            with_filter(settings or "", found)
+    except (MvmError, OSError) as error:
+        why = f"{error.brief}: {error.details}" if isinstance(error, MvmError) else str(error)
+        app.warn(f"no strict seccomp filter is made for Firecracker: {why}")
+        return None
+    return found
 
 
 def _require_root(app: App) -> None:

@@ -236,7 +236,7 @@ def locked(path: Path, *, wait: float, shared: bool = False) -> Iterator[int]:
 
 def held() -> tuple[int, ...]:
     """Descriptors of the locks that this process holds, for programs whose effects the locks guard."""
-    return tuple(fd for fd, file in _held.items() if _is(fd, file))
+    return tuple(fd for fd, file in list(_held.items()) if _is(fd, file))
 
 
 def _is(fd: int, file: tuple[int, int]) -> bool:
@@ -260,10 +260,12 @@ def _acquire(path: Path, wait: float, how: int) -> int:
             os.close(fd)
             left = deadline - time.monotonic()
             if left <= 0:
+                gone = holder and not os.path.exists(f"/proc/{holder}")
+                who = f"a program of process {holder}, which has ended," if gone else f"process {holder}"
                 raise Busy(
                     f"another command holds {path.name}",
-                    details=f"process {holder} holds {path}" if holder else f"{path} is locked",
-                    resolution="wait for it to finish, then try again",
+                    details=f"{who} holds {path}" if holder else f"{path} is locked",
+                    resolution=f"wait for it to finish, then try again; to see who it is: fuser -v {path}",
                 ) from None
             # flock has no time-out of its own, and an alarm would need the main thread.
             time.sleep(min(pause, left))

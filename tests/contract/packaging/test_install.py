@@ -390,20 +390,42 @@ def test_what_the_strict_filter_is_made_of_is_installed_where_somebody_vouches_f
     machine = os.uname().machine
     sums = binaries(tmp_path / "fc", names="{}-v1.16.1-" + machine)
     more = [f"seccompiler-bin-v1.16.1-{machine}", f"seccomp-filter-v1.16.1-{machine}.json"]
-    for name in more:
-        (tmp_path / "fc" / name).write_text("made of nothing")
+    (tmp_path / "fc" / more[0]).write_text("#!/bin/sh\necho 'Seccompiler-bin v1.16.1'\n")
+    (tmp_path / "fc" / more[1]).write_text("made of nothing")
     options = ("--firecracker", tmp_path / "fc", "--firecracker-sums", sums)
     release.install(tmp_path, *options)
     place = tmp_path / "usr/lib/mvm/firecracker/1.16.1"
     assert sorted(p.name for p in place.iterdir()) == ["firecracker", "jailer"]
     with sums.open("a") as file:
         file.writelines(f"{sha256(tmp_path / 'fc' / name)}  {name}\n" for name in more)
+    before = (place / "firecracker").stat().st_ino
     release.install(tmp_path, *options)
+    assert (place / "firecracker").stat().st_ino == before
     assert {p.name: p.stat().st_mode & 0o777 for p in place.iterdir()} == {
         "firecracker": 0o755, "jailer": 0o755, "seccomp-filter.json": 0o644, "seccompiler-bin": 0o755,
     }  # fmt: skip
     (tmp_path / "fc" / more[1]).write_text("made of something else")
     assert "is not what" in release.install(tmp_path, *options, code=1)
+
+
+@pytest.mark.req("H6")
+@pytest.mark.parametrize("wrong", ["compiler", "list"])
+def test_what_the_strict_filter_is_made_of_is_of_the_programs_release(
+    release: Release, tmp_path: Path, wrong: str
+) -> None:
+    machine = os.uname().machine
+    sums = binaries(tmp_path / "fc")
+    older = {"compiler": "1.16.1", "list": "1.16.1", wrong: "1.15.0"}
+    said = f"#!/bin/sh\necho 'Seccompiler-bin v{older['compiler']}'\n"
+    made = {"seccompiler-bin": said, f"seccomp-filter-v{older['list']}-{machine}.json": "made of nothing"}
+    with sums.open("a") as file:
+        for name, text in made.items():
+            (tmp_path / "fc" / name).write_text(text)
+            file.write(f"{sha256(tmp_path / 'fc' / name)}  {name}\n")
+    options = ("--firecracker", tmp_path / "fc", "--firecracker-sums", sums, "--verify-only")
+    refused = release.install(tmp_path, *options, code=1)
+    assert "one release" in refused
+    assert "Nothing was changed." in refused
 
 
 def test_firecracker_that_is_not_what_the_operator_vouched_for_is_never_executed(

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Final
 
 from mvm.core.errors import CommandFailed
-from mvm.hostd import settings
 from mvm.hostd.install import units
-from mvm.hostd.install.observe import COMPILER
-from mvm.hostd.install.plan import (
-    DERIVED,
-    FILTER,
-    MakeFilter,
-    MakeNodeId,
-    RemoveFile,
-    Run,
-    Step,
-    WriteFile,
-    with_filter,
-)
+from mvm.hostd.install.plan import MakeNodeId, RemoveFile, Run, Step, WriteFile
 from mvm.hostd.store import Store
-from mvm.linux.files import fsync_dir, read_bounded, write_atomic
+from mvm.linux.files import fsync_dir, write_atomic
 from mvm.linux.process import run
 
 _JOURNAL_S: Final = 30.0
 _JOURNAL_LINES: Final = "15"
-_COMPILE_S: Final = 60.0
-_FILTER_MAX: Final = 1 << 20
-_SETTINGS_MAX: Final = 64 * 1024
 
 
 def apply(steps: Iterable[Step], tell: Callable[[str], None]) -> None:
@@ -53,31 +35,10 @@ def execute(step: Step) -> None:
             store = Store(root)
             store.open()
             store.node_id()
-        case MakeFilter(version=version, folder=folder, derived=derived):
-            _make_filter(version, folder, derived)
         case Run(argv=argv, timeout_s=timeout):
             _run(argv, timeout)
         case _:
             raise AssertionError(f"{step!r} is no step")
-
-
-def _make_filter(version: str, folder: Path, derived: bytes) -> None:
-    """What is compiled is what is there under that name, so the list comes first; the pin comes last."""
-    target, made = folder / FILTER, folder / f".tmp-{FILTER}"
-    write_atomic(folder / DERIVED, derived, 0o644)
-    argv = [
-        str(folder / COMPILER), "--target-arch", os.uname().machine,
-        "--input-file", str(folder / DERIVED), "--output-file", str(made),
-    ]  # fmt: skip
-    try:
-        run(argv, timeout=_COMPILE_S)
-        data = read_bounded(made, _FILTER_MAX)
-    finally:
-        made.unlink(missing_ok=True)
-    write_atomic(target, data, 0o644)
-    text = read_bounded(settings.FILE, _SETTINGS_MAX).decode()
-    pinned = with_filter(text, version, target, hashlib.sha256(data).hexdigest())
-    write_atomic(settings.FILE, pinned.encode(), 0o644)
 
 
 def _run(argv: tuple[str, ...], timeout: float) -> None:

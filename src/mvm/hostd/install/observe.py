@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import grp
-import hashlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +16,9 @@ from mvm.hostd import settings
 from mvm.hostd.inspect.doctor import Check, Result
 from mvm.hostd.inspect.host import path_facts
 from mvm.hostd.install import units
-from mvm.hostd.install.plan import DERIVED, FILTER, FilterSeen, Observed, Unit
+from mvm.hostd.install.plan import Observed, StrictFilter, Unit
 from mvm.hostd.vmm.firecracker import programs, strict
-from mvm.hostd.vmm.firecracker.version import Version
+from mvm.hostd.vmm.firecracker.version import Version, parse_version
 from mvm.linux.files import read_bounded
 from mvm.linux.pidfd import identify
 from mvm.linux.process import run
@@ -74,8 +74,8 @@ def _changeable(paths: Iterable[Path]) -> str:
     return ""
 
 
-def observe(targets: Iterable[Path], root: Path, cache: Path | None = None) -> Observed:
-    """`targets`: where files of ours belong. `cache`: for `filter_seen`; without one no filter is looked for."""
+def observe(targets: Iterable[Path], root: Path) -> Observed:
+    """`targets`: where files of ours belong."""
     service, pid = _unit(units.SERVICE)
     socket, _ = _unit(units.SOCKET)
     settings_bytes = _read(settings.FILE)
@@ -88,37 +88,12 @@ def observe(targets: Iterable[Path], root: Path, cache: Path | None = None) -> O
         service=service,
         socket=socket,
         code_changed=pid > 0 and (_older_than_its_code(pid) or runs_another_code(pid, Path(sys.prefix))),
-        filter=None if cache is None else filter_seen(cache),
     )
 
 
-def filter_seen(cache: Path) -> FilterSeen | None:
-    """What a strict filter can be made of, None where Firecracker or that part of its release is not there.
-
-    `cache`: of facts about the programs. Refused, MissingPrerequisite: as `programs.inspect` for a host in baseline.
-    """
-    vmm = settings.load(settings.FILE).vmm
-    folder = Path(os.path.realpath(vmm.directory))
-    policy = _read(folder / POLICY, strict.POLICY_MAX)
-    if policy is None or not (folder / COMPILER).exists() or not firecracker_is_there():
-        return None
-    pins = {str(name): value for name, value in vmm.sha256.items()}
-    version = Version(*programs.inspect(folder, cache, pins=pins, confined=True).version)
-    if version[:2] not in strict.SERIES:
-        return None
-    made = _read(folder / FILTER, strict.POLICY_MAX)
-    return FilterSeen(
-        version=str(version),
-        folder=folder,
-        wanted=strict.derive(policy, version),
-        derived=_read(folder / DERIVED, strict.POLICY_MAX),
-        sha256="" if made is None else hashlib.sha256(made).hexdigest(),
-    )
-
-
-def _read(path: Path, most: int = _FILE_MAX) -> bytes | None:
+def _read(path: Path) -> bytes | None:
     try:
-        return read_bounded(path, most)
+        return read_bounded(path, _FILE_MAX)
     except FileNotFoundError:
         return None
 
@@ -126,6 +101,37 @@ def _read(path: Path, most: int = _FILE_MAX) -> bytes | None:
 def firecracker_is_there() -> bool:
     """Whether its programs are where the settings say; whether they are any good the daemon finds out."""
     return os.path.exists(Path(settings.load(settings.FILE).vmm.directory) / "firecracker")
+
+
+def strict_filter() -> StrictFilter | None:
+    """The strict filter of the installed Firecracker, compiled from its release's list by its release's compiler.
+
+    None where one of these is not there. Nothing is executed that others than root could have written, and nothing is
+    left on the host. Refused, MissingPrerequisite (no such filter is known for this version), InvalidInput (no list of
+    such a release), CommandFailed.
+    """
+    vmm = settings.load(settings.FILE).vmm
+    folder = Path(os.path.realpath(vmm.directory))
+    policy, compiler = folder / POLICY, folder / COMPILER
+    if not (firecracker_is_there() and policy.exists() and compiler.exists()):
+        return None
+    pins = {str(name): value for name, value in vmm.sha256.items()}
+    for path in (policy, compiler):
+        programs.require_owned(path)
+    with tempfile.TemporaryDirectory(prefix="mvm-filter-") as scratch:
+        version = Version(*programs.inspect(folder, Path(scratch), pins=pins, confined=True).version)
+        said = run([str(compiler), "--version"], timeout=_ASK_S).stdout.decode("utf-8", "replace")
+        if parse_version(said) != version:
+            raise MissingPrerequisite(
+                f"{compiler} is not of Firecracker {version}",
+                details=said.strip()[:200],
+                resolution="Install all of one release: mvm-install.sh --firecracker",
+            )
+        source, made = Path(scratch, "strict.json"), Path(scratch, "strict.bpf")
+        source.write_bytes(strict.derive(read_bounded(policy, strict.POLICY_MAX), version))
+        argv = [str(compiler), "--target-arch", os.uname().machine]
+        run([*argv, "--input-file", str(source), "--output-file", str(made)], timeout=_ASK_S)
+        return StrictFilter(str(version), folder, read_bounded(made, strict.POLICY_MAX))
 
 
 def _has_group() -> bool:

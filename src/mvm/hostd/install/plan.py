@@ -6,6 +6,8 @@ A host that is as wanted gives no steps.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +22,8 @@ from mvm.hostd.install import units
 SYSTEMD_S: Final = 60.0
 START_S: Final = 660.0
 """Beyond the unit's own TimeoutStartSec: recovery looks at every instance before the daemon is ready."""
-FILTER: Final = "strict.bpf"
-DERIVED: Final = "strict.json"
-"""Beside Firecracker's programs: the strict filter, and the list that it was compiled from."""
-_FILTERS: Final = "[[vmm.strict_filters]]"
+_OURS: Final = re.compile(r"strict-[0-9a-f]{12}\.bpf")
+_FILTERS: Final = re.compile(r"\s*\[\[\s*vmm\.strict_filters\s*\]\]\s*(?:#.*)?")
 _MODE_KEY: Final = "mode"
 _HEAD: Final = "# Limits of mvm-hostd, and its mode. docs/privileges.md lists what may be said here.\n"
 
@@ -60,22 +60,28 @@ class Run(Step, frozen=True):
         return f"{' '.join(self.argv)}: {self.why}"
 
 
-class MakeFilter(Step, frozen=True):
-    """Compile `derived`, a list of system calls, by its release's compiler, and pin what comes out in hostd.toml."""
-
-    version: str
-    folder: Path
-    derived: bytes
-
-    def describe(self) -> str:
-        return f"write {self.folder / FILTER}: {self.why}"
-
-
 class MakeNodeId(Step, frozen=True):
     root: Path
 
     def describe(self) -> str:
         return f"write {self.root / 'node-id'}: {self.why}"
+
+
+class StrictFilter(msgspec.Struct, frozen=True):
+    """Compiled for a version of Firecracker whose programs are in `folder`."""
+
+    version: str
+    folder: Path
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def path(self) -> Path:
+        """By its content: what is pinned is never written over."""
+        return self.folder / f"strict-{self.sha256[:12]}.bpf"
 
 
 class Unit(msgspec.Struct, frozen=True):
@@ -85,17 +91,6 @@ class Unit(msgspec.Struct, frozen=True):
     active: bool
     failed: bool
     stale: bool
-
-
-class FilterSeen(msgspec.Struct, frozen=True):
-    """What a strict filter is made of, where an installed Firecracker has it. `wanted`: the list to compile; `derived`:
-    the one that was compiled last; `sha256`: of what came out, "" where nothing did."""
-
-    version: str
-    folder: Path
-    wanted: bytes
-    derived: bytes | None
-    sha256: str
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -110,14 +105,19 @@ class Observed(msgspec.Struct, frozen=True):
     service: Unit
     socket: Unit
     code_changed: bool
-    filter: FilterSeen | None = None
 
 
 def plan(
-    observed: Observed, shipped: Mapping[Path, bytes], *, mode: str, conditional: Collection[Path], root: Path
+    observed: Observed,
+    shipped: Mapping[Path, bytes],
+    *,
+    mode: str,
+    conditional: Collection[Path],
+    root: Path,
+    strict: StrictFilter | None = None,
 ) -> list[Step]:
-    """`conditional`: those of `units.CONDITIONAL` that are wanted. Conflict if a file of ours was written by somebody
-    else; InvalidInput if hostd.toml is not valid."""
+    """`conditional`: those of `units.CONDITIONAL` that are wanted. `strict`: a filter to pin. Conflict if a file of
+    ours was written by somebody else; InvalidInput if hostd.toml is not valid."""
     steps: list[Step] = []
     changed: set[Path] = set()
     for target, data in shipped.items():
@@ -143,14 +143,12 @@ def plan(
     if any(path.is_relative_to("/etc/udev") for path in changed):
         steps.append(Run("udev reads its rules again", ("udevadm", "control", "--reload")))
     wanted = with_mode(observed.settings, mode)
+    why = f"mode {mode}"
+    if strict is not None and wanted != (pinned := with_filter(wanted, strict)):
+        steps.append(WriteFile("for tenants whose seccomp is strict", strict.path, strict.data))
+        wanted, why = pinned, f"{why}; its strict filter, by hash"
     if wanted != observed.settings:
-        steps.append(WriteFile(f"mode {mode}", settings.FILE, wanted.encode()))
-        changed.add(settings.FILE)
-    seen = observed.filter
-    if seen is not None and not _has_filter(wanted, seen):
-        steps.append(
-            MakeFilter("for tenants whose seccomp is strict", seen.version, seen.folder, seen.wanted)
-        )
+        steps.append(WriteFile(why, settings.FILE, wanted.encode()))
         changed.add(settings.FILE)
     if not observed.node_id:
         steps.append(MakeNodeId("this node's id, which stays", root))
@@ -213,39 +211,45 @@ def with_mode(text: str | None, mode: str) -> str:
     return made
 
 
-def with_filter(text: str, version: str, path: Path, sha256: str) -> str:
-    """hostd.toml with this strict filter, the only one at this path, and everything else as it was, comments included.
+def with_filter(text: str, strict: StrictFilter) -> str:
+    """hostd.toml with this filter for its version, and everything else as it was, comments included.
 
-    InvalidInput if it is not valid, or says it in a form that cannot be changed here.
+    The same where the operator has named a filter of another origin for that version. InvalidInput if it is not valid,
+    or says what it says in a form that cannot be changed here.
     """
-    settings.parse(text)
+    there = [one for one in settings.parse(text).vmm.strict_filters if one.version == strict.version]
+    if any(not _OURS.fullmatch(Path(one.path).name) for one in there):
+        return text
     lines = text.rstrip("\n").split("\n")
-    starts = [n for n, line in enumerate(lines) if line.lstrip().startswith("[")] + [len(lines)]
-    for start, end in reversed(list(pairwise(starts))):
-        table = lines[start:end]
-        if table[0].strip() == _FILTERS and any(
-            line.partition("=")[0].strip() == "path" and _value(line) == str(path) for line in table
+    tables = [n for n, line in enumerate(lines) if line.lstrip().startswith("[")] + [len(lines)]
+    for start, end in pairwise(tables):
+        table = range(start + 1, end)
+        if _FILTERS.fullmatch(lines[start]) and strict.version in (
+            _value_of(lines[n], "version") for n in table
         ):
-            del lines[start:end]
-    entry = ["", _FILTERS, f'version = "{version}"', f'path = "{path}"', f'sha256 = "{sha256}"', ""]
-    made = "\n".join([*lines, *entry])
-    found = [one for one in settings.parse(made).vmm.strict_filters if one.path == str(path)]
-    if [(one.version, one.sha256) for one in found] != [(version, sha256)]:
+            for n in table:
+                for key, value in (("path", str(strict.path)), ("sha256", strict.sha256)):
+                    lines[n] = re.sub(rf"^(\s*{key}\s*=\s*)\"[^\"]*\"", rf'\g<1>"{value}"', lines[n])
+            break
+    else:
+        lines += ["", "[[vmm.strict_filters]]", f'version = "{strict.version}"']
+        lines += [f'path = "{strict.path}"', f'sha256 = "{strict.sha256}"']
+    made = "\n".join([*lines, ""])
+    try:
+        found = [one for one in settings.parse(made).vmm.strict_filters if one.version == strict.version]
+    except InvalidInput:
+        found = []
+    if [(one.path, one.sha256) for one in found] != [(str(strict.path), strict.sha256)]:
         raise InvalidInput(
             f"{settings.FILE} cannot be changed",
-            details=f"Where it names the filter {path} was not found.",
-            resolution=f"Take that filter out of it; a table {_FILTERS} is put at its end.",
+            details="Its strict filters are not written as tables [[vmm.strict_filters]], each key on a line.",
+            resolution="Write them so, or name a filter of your own for this version.",
         )
     return made
 
 
-def _has_filter(text: str, seen: FilterSeen) -> bool:
-    """Whether what is to be compiled was, and is pinned; or the operator has given another filter for that version."""
-    ours = str(seen.folder / FILTER)
-    pins = [one for one in settings.parse(text).vmm.strict_filters if one.version == seen.version]
-    if any(one.path != ours for one in pins):
-        return True
-    return seen.derived == seen.wanted and bool(seen.sha256) and [one.sha256 for one in pins] == [seen.sha256]
+def _value_of(line: str, key: str) -> str | None:
+    return _value(line) if line.partition("=")[0].strip() == key else None
 
 
 def _is_mode(line: str) -> bool:

@@ -16,13 +16,12 @@ from mvm.hostd import settings
 from mvm.hostd.install import units
 from mvm.hostd.install.observe import parse_unit
 from mvm.hostd.install.plan import (
-    FilterSeen,
-    MakeFilter,
     MakeNodeId,
     Observed,
     RemoveFile,
     Run,
     Step,
+    StrictFilter,
     Unit,
     WriteFile,
     plan,
@@ -51,11 +50,14 @@ BARE = Observed(
 
 
 def steps(
-    mode: str = "baseline", conditional: tuple[Path, ...] = (), before: Observed = DONE, **changes: Any
+    mode: str = "baseline",
+    conditional: tuple[Path, ...] = (),
+    before: Observed = DONE,
+    strict: StrictFilter | None = None,
+    **changes: Any,
 ) -> list[Step]:
-    return plan(
-        msgspec.structs.replace(before, **changes), SHIPPED, mode=mode, conditional=conditional, root=ROOT
-    )
+    observed = msgspec.structs.replace(before, **changes)
+    return plan(observed, SHIPPED, mode=mode, conditional=conditional, root=ROOT, strict=strict)
 
 
 def commands(found: list[Step]) -> list[str]:
@@ -239,51 +241,66 @@ def test_the_unit_executes_what_is_installed() -> None:
     assert "Slice=mvm.slice\n" in text
 
 
-FOLDER = Path("/usr/lib/mvm/firecracker/1.16.1")
-FILTER = FilterSeen("1.16.1", FOLDER, wanted=b"{}", derived=None, sha256="")
-PINNED = with_filter(DONE.settings or "", "1.16.1", FOLDER / "strict.bpf", "ab" * 32)
+FILTER = StrictFilter("1.16.1", Path("/usr/lib/mvm/firecracker/1.16.1"), b"compiled")
+OTHER = msgspec.structs.replace(FILTER, data=b"compiled anew")
+OWN = """[[vmm.strict_filters]]  # by hand
+  version = "1.16.1"
+path = "/etc/mvm/own.bpf"
+sha256 = "%s"
+""" % ("0" * 64)
+
+
+def pins(text: str) -> list[tuple[str, str, str]]:
+    return [(one.version, one.path, one.sha256) for one in settings.parse(text).vmm.strict_filters]
 
 
 @pytest.mark.req("H6")
-def test_a_strict_filter_is_made_and_pinned_once() -> None:
-    found = steps(filter=FILTER)
-    assert [type(step) for step in found] == [MakeFilter, Run]
+def test_a_strict_filter_is_written_and_pinned_once() -> None:
+    found = steps(strict=FILTER)
+    assert [type(step) for step in found] == [WriteFile, WriteFile, Run]
+    file, pinned, _ = found
+    assert isinstance(file, WriteFile)
+    assert (file.path, file.data) == (FILTER.path, b"compiled")
+    assert isinstance(pinned, WriteFile)
+    assert pins(pinned.data.decode()) == [("1.16.1", str(FILTER.path), FILTER.sha256)]
     assert commands(found) == ["systemctl restart mvm-hostd.service"]
-    done = msgspec.structs.replace(FILTER, derived=b"{}", sha256="ab" * 32)
-    assert steps(filter=done, settings=PINNED) == []
-    for other in (
-        msgspec.structs.replace(done, wanted=b"{ }"), msgspec.structs.replace(done, sha256="cd" * 32),
-        msgspec.structs.replace(done, sha256=""), msgspec.structs.replace(done, version="1.16.2"),
-    ):  # fmt: skip
-        assert any(isinstance(step, MakeFilter) for step in steps(filter=other, settings=PINNED))
+    assert steps(strict=FILTER, settings=pinned.data.decode()) == []
+    assert len(steps(strict=OTHER, settings=pinned.data.decode())) == 3
 
 
+@pytest.mark.parametrize("place", ["", "# above\n\n", '[vmm]\ndriver = "auto"\n\n'])
+@pytest.mark.parametrize("after", ["", "\n# my limits\n[limits]\nvcpus = 2 # few\n"])
+def test_what_is_compiled_anew_takes_the_place_of_what_was(place: str, after: str) -> None:
+    text = with_filter(f'mode = "baseline" # said\n{place}', FILTER).rstrip("\n") + " # a word\n" + after
+    made = with_filter(text, OTHER)
+    assert pins(made) == [("1.16.1", str(OTHER.path), OTHER.sha256)]
+    changed = [pair for pair in zip(text.split("\n"), made.split("\n"), strict=True) if pair[0] != pair[1]]
+    assert [line.partition("=")[0].strip() for line, _ in changed] == ["path", "sha256"]
+    assert changed[1][1].endswith(" # a word")
+    assert with_filter(made, OTHER) == made
+
+
+def test_another_version_has_a_pin_of_its_own() -> None:
+    newer = StrictFilter("1.16.2", Path("/usr/lib/mvm/firecracker/1.16.2"), b"newer")
+    made = with_filter(with_filter("", FILTER), newer)
+    assert [version for version, _, _ in pins(made)] == ["1.16.1", "1.16.2"]
+
+
+@pytest.mark.req("H6")
 def test_an_operators_own_filter_is_left_alone() -> None:
-    own = with_filter(DONE.settings or "", "1.16.1", Path("/etc/mvm/own.bpf"), "ab" * 32)
-    assert steps(filter=FILTER, settings=own) == []
+    assert with_filter(OWN, FILTER) == OWN
+    assert steps(strict=FILTER, settings=f'mode = "baseline"\n{OWN}') == []
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", 'mode = "baseline"  # said\n', "# none\n\n[limits]\nvcpus = 2 # few\n", '[vmm]\ndriver = "auto"\n',
-        '[[vmm.strict_filters]]\nversion = "1.15.0"\npath = "/x"\nsha256 = "' + "0" * 64 + '"\n\n[limits]\nvcpus = 3\n',
+        f'[vmm]\nstrict_filters = [{{version = "1.15.0", path = "/x", sha256 = "{"0" * 64}"}}]\n',
+        "".join(OWN.replace("1.16.1", f"1.15.{n}") for n in range(16)),
+        with_filter("", FILTER).replace('sha256 = "', "sha256 = '").rstrip('"\n') + "'\n",
     ],
-)  # fmt: skip
-def test_pinning_a_filter_keeps_all_else_that_the_settings_say(text: str) -> None:
-    path = FOLDER / "strict.bpf"
-    once = with_filter(text, "1.16.1", path, "ab" * 32)
-    assert all(line in once.split("\n") for line in text.split("\n"))
-    before, after = settings.parse(text), settings.parse(with_filter(once, "1.16.1", path, "cd" * 32))
-    ours = [one for one in after.vmm.strict_filters if one.path == str(path)]
-    assert [(one.version, one.sha256) for one in ours] == [("1.16.1", "cd" * 32)]
-    rest = tuple(one for one in after.vmm.strict_filters if one.path != str(path))
-    assert (
-        msgspec.structs.replace(after, vmm=msgspec.structs.replace(after.vmm, strict_filters=rest)) == before
-    )
-
-
-def test_a_filter_that_cannot_be_pinned_is_refused() -> None:
-    inline = f'[vmm]\nstrict_filters = [{{version = "1.16.1", path = "/x", sha256 = "{"0" * 64}"}}]\n'
-    with pytest.raises(InvalidInput):
-        with_filter(inline, "1.16.1", FOLDER / "strict.bpf", "ab" * 32)
+)
+def test_settings_that_cannot_be_changed_are_said_to_be(text: str) -> None:
+    settings.parse(text)
+    with pytest.raises(InvalidInput, match="cannot be changed"):
+        with_filter(text, OTHER)

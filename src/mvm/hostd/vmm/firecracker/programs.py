@@ -59,7 +59,7 @@ def inspect(folder: Path, cache: Path, *, pins: Mapping[str, str], confined: boo
     require_there(folder)
     if confined:
         for name in NAMES:
-            _require_owned(folder / name)
+            require_owned(folder / name)
     seen = " ".join(_identity(folder / name) for name in NAMES)
     kept = cache / f"firecracker-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
     facts = _known(kept, seen)
@@ -117,7 +117,7 @@ def _identity(path: Path) -> str:
     return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
-def _require_owned(path: Path) -> None:
+def require_owned(path: Path) -> None:
     """Refused unless `path`, what it leads to, and every directory on the way to either are root's alone to change."""
     for end in (path.resolve(strict=True), Path(os.path.abspath(path))):
         for place in (end, *end.parents):

@@ -96,34 +96,39 @@ def derive(policy: bytes, version: Version) -> bytes:
     if not isinstance(found, dict) or set(found) != set(THREADS):
         raise _not_one(f"its threads are not {', '.join(THREADS)}")
     made = {}
+    gone: set[Rule] = set()
     for thread in THREADS:
         part = found[thread]
         if not isinstance(part, dict) or not isinstance(part.get("filter"), list):
             raise _not_one(f"{thread} has no list of rules")
         if part.get("default_action") != "trap" or part.get("filter_action") != "allow":
             raise _not_one(f"{thread} does not end what it does not allow")
-        kept = [rule for rule in part["filter"] if not _unused(thread, rule)]
+        unused = [_unused(thread, rule) for rule in part["filter"]]
+        kept = [rule for rule, entry in zip(part["filter"], unused, strict=True) if entry is None]
+        gone.update(entry for entry in unused if entry is not None)
         made[thread] = {**part, "filter": kept}
+    if missing := UNUSED.keys() - gone:
+        raise _not_one(f"it has no rule {sorted(missing)[0]}, so it is not the list that is known here")
     return msgspec.json.encode(made, order="sorted")
 
 
-def _unused(thread: str, rule: Any) -> bool:
+def _unused(thread: str, rule: Any) -> Rule | None:
+    """The entry of UNUSED that a rule is, if it is one."""
     if not isinstance(rule, dict) or not isinstance(rule.get("syscall"), str):
         raise _not_one(f"{thread} has a rule without a system call")
     syscall = rule["syscall"]
     if Rule(thread, syscall) in UNUSED:
-        return True
+        return Rule(thread, syscall)
     # A list of conditions, all of which have to hold.
     conditions = rule.get("args") or []
     if not isinstance(conditions, list) or not all(isinstance(one, dict) for one in conditions):
         raise _not_one(f"{thread} has a rule on {syscall} whose conditions are none")
-    return any(
-        one.get("op") == "eq"
-        and isinstance(index := one.get("index"), int)
-        and isinstance(value := one.get("val"), int)
-        and Rule(thread, syscall, index, value) in UNUSED
-        for one in conditions
-    )
+    for one in conditions:
+        index, value = one.get("index"), one.get("val")
+        if one.get("op") == "eq" and isinstance(index, int) and isinstance(value, int):
+            if (entry := Rule(thread, syscall, index, value)) in UNUSED:
+                return entry
+    return None
 
 
 def _not_one(why: str) -> InvalidInput:

@@ -27,7 +27,7 @@ NEWEST: Final = Version(1, 16, 1)
 """The newest version these rules were checked against."""
 
 _PRINTED: Final = re.compile(
-    r"^(?:Firecracker|Jailer) v(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:[-+]\S*)?\s*$", re.MULTILINE
+    r"^(?:Firecracker|Jailer|Seccompiler-bin) v(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:[-+]\S*)?\s*$", re.MULTILINE
 )
 _FORMAT: Final = re.compile(r"^v(\d{1,4}\.\d{1,4}\.\d{1,4})\s*$", re.MULTILINE)
 
@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
 
 def parse_version(printed: str) -> Version:
-    """From what `--version` of firecracker or jailer prints. VmmError if it is not that."""
+    """From what `--version` of firecracker, jailer or seccompiler-bin prints. VmmError if it is not that."""
     found = _PRINTED.search(printed)
     if found is None:
         raise VmmError("Firecracker's version is not readable", details=printed[:200])
