@@ -134,6 +134,15 @@ def test_the_sandbox_denies_what_it_can() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.req("L1")
+@pytest.mark.parametrize(
+    ("vcpus", "accel", "single"), [(1, "tcg", False), (2, "tcg", True), (2, "kvm", False)]
+)
+def test_emulated_processors_share_a_thread(vcpus: int, accel: str, single: bool) -> None:
+    argv = layout.command(QEMU, machine(vcpus), accel, restored=False)
+    assert any("thread=single" in word for word in options(argv, "-accel")) == single
+
+
 @pytest.mark.req("K1")
 def test_the_data_disk_is_unlocked_by_a_descriptor() -> None:
     argv = layout.command(QEMU, machine(), "tcg", restored=False)
