@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvm.core.errors import MissingPrerequisite, MvmError, Refused
-from mvm.hostd import confine, ledger, settings
+from mvm.hostd import confine, job, ledger, settings
 from mvm.hostd.daemon_host import DaemonHost
 from mvm.hostd.keys.development import DevelopmentKeyProvider
 from mvm.hostd.log import Log
@@ -86,7 +86,8 @@ def serve(
             "confined", capabilities=" ".join(sorted(held.effective)), no_new_privs=held.no_new_privs,
             seccomp=held.seccomp,
         )  # fmt: skip
-        ledger.recover_node(store, log)
+        # It reads every record, and a heap that grew for that would stay as large for the daemon's whole life.
+        job.aside(lambda: ledger.recover_node(store, log))
         if isinstance(driver, Path):
             _sweep_probe(driver, log)
         keys = DevelopmentKeyProvider(root)

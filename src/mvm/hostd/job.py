@@ -18,8 +18,11 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
+
+from mvm.core.errors import CommandFailed
 
 if TYPE_CHECKING:
     from mvm.core.ids import InstanceId
@@ -33,6 +36,32 @@ _PACKET = 256 * 1024
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def aside(body: Callable[[], object]) -> None:
+    """Run `body` in a child, which dies with this process, and wait for it: what it allocated goes with it.
+
+    CommandFailed if it raised, with its traceback on standard error.
+    """
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() == parent:
+                body()
+                code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    if status != 0:
+        raise CommandFailed(
+            "a process of mvm-hostd failed",
+            details=f"Its exit code is {os.waitstatus_to_exitcode(status)}.",
+            resolution="Its own words are above this in the log.",
+        )
 
 
 class Ended(BaseException):
