@@ -137,6 +137,8 @@ class NodeCampaign:
                 self.states[tenant] = "running"
             if self.states[tenant] == "running":
                 self._check_mark(tenant)
+                if self.rng.random() < 0.5:  # or no operation would ever be a wake
+                    self.rig.sh(f"mvm tenant sleep {tenant}", timeout=READY_S)
         self.look()
 
     def _wake_or_run(self, tenant: str, state: str) -> None:
