@@ -7,8 +7,8 @@
     power losses   of the development node's QEMU process, with real guests   tests/campaign/node.py
 
 After each: no process, tap, bridge, cgroup, mount, mapping, rule or file that no live instance owns; no data lost that
-a guest had synced; every instance in a legal state. A part that fails stops there, and the report says how far it came;
-the same seed makes the same choices. Exits 1 if any part failed.
+a guest that runs then had synced; every instance in a legal state. A part that fails stops there, and the report says
+how far it came; the same seed makes the same choices where the same states come of them. Exits 1 if any part failed.
 """
 
 from __future__ import annotations

@@ -98,11 +98,12 @@ class NodeCampaign:
         if not {"running", "sleeping"} & set(self.states.values()):
             self._settled()
         tenant, verb = self._choose()
-        self.counts[f"power lost in {verb}"] += 1
         thread = threading.Thread(target=self._attempt, args=(f"mvm tenant {verb} {tenant}",))
         thread.start()
         time.sleep(self.rng.uniform(0.5, 0.5 + SECONDS[verb]))
+        amid = thread.is_alive()
         self.rig.node.power_loss()
+        self.counts[f"power lost amid {verb}" if amid else "power lost idle"] += 1
         thread.join(READY_S)
         assert not thread.is_alive()
         assert self._hung == [], f"did not end when the node's power went: {self._hung}"
@@ -154,9 +155,10 @@ class NodeCampaign:
 
     def _check_mark(self, tenant: str) -> None:
         synced, tried = self.marks[tenant]
+        first = tried == 0
         text = self.rig.sh(f"mvm tenant exec {tenant} -- sh -c 'cat /data/mark || echo 0'").strip()
         assert synced <= int(text or 0) <= tried, f"{tenant}: synced {synced}, tried {tried}, found {text!r}"
-        self.counts["marks found"] += 1
+        self.counts["marks found"] += not first
         self._n += 1
         self.marks[tenant] = (synced, self._n)
         self.rig.sh(f"mvm tenant exec {tenant} -- sh -c '{_MARK.format(n=self._n)}'")

@@ -62,8 +62,8 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     conditional = {units.FIRECRACKER} if firecracker_is_there() else set()
     if development and needs.emulated(checks):
         conditional.add(units.EMULATION)
-    observed = observe(shipped, root)
-    strict = _strict_filter(app, observed.settings)
+    strict = _strict_filter(app)
+    observed = observe([*shipped, *([] if strict is None else [strict.path])], root)
     steps = plan(observed, shipped, mode=mode, conditional=conditional, root=root, strict=strict)
     if dry_run:
         _tell(app, steps, done=False)
@@ -83,16 +83,16 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
         app.say(f"Nothing had to be changed: mvm-hostd runs as a service, in {mode} mode.")
 
 
-def _strict_filter(app: App, settings: str | None) -> StrictFilter | None:
-    """One that can be pinned in `settings`. A host does without: tenants that ask for it do not start then."""
+def _strict_filter(app: App) -> StrictFilter | None:
+    """One that can be pinned in hostd.toml. A host does without: tenants that ask for it do not start then."""
     from mvm.core.errors import MvmError
-    from mvm.hostd.install.observe import strict_filter
+    from mvm.hostd.install import observe
     from mvm.hostd.install.plan import with_filter
 
     try:
-        found = strict_filter()
+        found = observe.strict_filter()
         if found is not None:
-            with_filter(settings or "", found)
+            with_filter(observe.settings_text() or "", found)
     except (MvmError, OSError) as error:
         why = f"{error.brief}: {error.details}" if isinstance(error, MvmError) else str(error)
         app.warn(f"no strict seccomp filter is made for Firecracker: {why}")

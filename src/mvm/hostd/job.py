@@ -56,11 +56,12 @@ def aside(body: Callable[[], object]) -> None:
         finally:
             os._exit(code)
     status = os.waitpid(pid, 0)[1]
-    if status != 0:
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        raise CommandFailed("a process of mvm-hostd was killed", details=f"By signal {-code}.")
+    if code > 0:
         raise CommandFailed(
-            "a process of mvm-hostd failed",
-            details=f"Its exit code is {os.waitstatus_to_exitcode(status)}.",
-            resolution="Its own words are above this in the log.",
+            "a process of mvm-hostd failed", resolution="Its own words are above this in the log."
         )
 
 

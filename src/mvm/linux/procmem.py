@@ -14,7 +14,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 PAGE = 4096
@@ -22,6 +22,7 @@ _SWAPPED = 1 << 62
 _PRESENT = 1 << 63
 _FILE_OR_SHARED = 1 << 61
 _ENTRIES_AT_ONCE = 32768
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,12 +69,28 @@ def _entries(pagemap: int, first: int, count: int) -> array[int]:
 def open_file(pid: int, name: str) -> int:
     """/proc/<pid>/<name> for reading, as its owner. OSError; ESRCH or ENOENT when the process is gone."""
     path = f"/proc/{pid}/{name}"
-    # Of this thread, and for files alone: setfsuid(2).
-    own = _libc.setfsuid(os.stat(path).st_uid)
+    with _death_signal_kept():
+        # Of this thread, and for files alone: setfsuid(2).
+        own = _libc.setfsuid(os.stat(path).st_uid)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            _libc.setfsuid(own)
+
+
+@contextmanager
+def _death_signal_kept() -> Iterator[None]:
+    """A change of fsuid clears the signal that a process gets when its parent dies (prctl(2)), and without it a
+    daemon's operation would outlive the daemon."""
+    parent, found = os.getppid(), ctypes.c_int()
+    _libc.prctl(_PR_GET_PDEATHSIG, ctypes.byref(found), 0, 0, 0)
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        yield
     finally:
-        _libc.setfsuid(own)
+        if found.value:
+            _libc.prctl(_PR_SET_PDEATHSIG, found.value, 0, 0, 0)
+            if os.getppid() != parent:  # it died meanwhile
+                os.kill(os.getpid(), found.value)
 
 
 class ProcessMemory:

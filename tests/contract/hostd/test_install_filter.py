@@ -16,7 +16,7 @@ from mvm.hostd.vmm.firecracker.strict import THREADS, UNUSED
 
 pytestmark = pytest.mark.root
 COMPILER = """#!/bin/sh
-[ "$1" != --version ] || { echo "Seccompiler-bin v1.16.1"; exit; }
+[ "$1" != --version ] || { echo "seccompiler v1.16.1"; exit; }
 [ "$1 $3 $5" = "--target-arch --input-file --output-file" ] || exit 2
 { echo compiled; cat "$4"; } >"$6"
 """
@@ -77,8 +77,8 @@ def test_it_is_compiled_from_what_is_left_of_the_list(folder: Path) -> None:
     ("script", "error"),
     [
         ("exit 1", CommandFailed),
-        ('[ "$1" != --version ] || echo "Seccompiler-bin v1.16.1"', OSError),
-        ('echo "Seccompiler-bin v1.15.1"', MissingPrerequisite),
+        ('[ "$1" != --version ] || echo "seccompiler v1.16.1"', OSError),
+        ('echo "seccompiler v1.15.1"', MissingPrerequisite),
     ],
 )
 def test_a_compiler_that_fails_or_is_another_releases_makes_none(

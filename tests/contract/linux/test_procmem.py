@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mvm.linux import procmem
+from mvm.linux.process import wait_readable
 from mvm.linux.procmem import PAGE, ProcessMemory
 
 PAGES = 4096
@@ -146,3 +151,32 @@ def test_runs_are_joined_across_reads(monkeypatch: pytest.MonkeyPatch, image: Pa
     finally:
         child.end()
     assert mmap.PAGESIZE == PAGE
+
+
+@pytest.mark.root
+@pytest.mark.req("L3", "H2")
+def test_who_reads_anothers_memory_still_dies_with_its_parent() -> None:
+    """To open a VMM's files its uid is taken on for a moment, and by that the kernel forgets the death signal."""
+    libc = ctypes.CDLL(None)
+    victim = subprocess.Popen(["sleep", "60"], user=1_900_123_456)
+    ours, theirs = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        if os.fork() == 0:
+            libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+            os.close(procmem.open_file(victim.pid, "maps"))
+            os.write(theirs, str(os.getpid()).encode())
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    reader = os.pidfd_open(int(os.read(ours, 20)))
+    os.kill(middle, signal.SIGKILL)
+    os.waitpid(middle, 0)
+    try:
+        assert wait_readable(reader, 10)
+    finally:
+        for fd in (ours, theirs, reader):
+            os.close(fd)
+        victim.kill()
+        victim.wait()

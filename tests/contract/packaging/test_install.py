@@ -390,7 +390,7 @@ def test_what_the_strict_filter_is_made_of_is_installed_where_somebody_vouches_f
     machine = os.uname().machine
     sums = binaries(tmp_path / "fc", names="{}-v1.16.1-" + machine)
     more = [f"seccompiler-bin-v1.16.1-{machine}", f"seccomp-filter-v1.16.1-{machine}.json"]
-    (tmp_path / "fc" / more[0]).write_text("#!/bin/sh\necho 'Seccompiler-bin v1.16.1'\n")
+    (tmp_path / "fc" / more[0]).write_text("#!/bin/sh\necho 'seccompiler v1.16.1'\n")
     (tmp_path / "fc" / more[1]).write_text("made of nothing")
     options = ("--firecracker", tmp_path / "fc", "--firecracker-sums", sums)
     release.install(tmp_path, *options)
@@ -416,7 +416,7 @@ def test_what_the_strict_filter_is_made_of_is_of_the_programs_release(
     machine = os.uname().machine
     sums = binaries(tmp_path / "fc")
     older = {"compiler": "1.16.1", "list": "1.16.1", wrong: "1.15.0"}
-    said = f"#!/bin/sh\necho 'Seccompiler-bin v{older['compiler']}'\n"
+    said = f"#!/bin/sh\necho 'seccompiler v{older['compiler']}'\n"
     made = {"seccompiler-bin": said, f"seccomp-filter-v{older['list']}-{machine}.json": "made of nothing"}
     with sums.open("a") as file:
         for name, text in made.items():

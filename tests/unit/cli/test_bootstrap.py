@@ -11,11 +11,13 @@ from click.testing import CliRunner
 from tests.unit.cli.conftest import Run
 
 from mvm.cli.app import App
+from mvm.cli.bootstrap import _strict_filter
 from mvm.cli.root import root
 from mvm.cli.shell import shell
 from mvm.cli.ssh import ssh
 from mvm.core.errors import InvalidInput, MissingPrerequisite
 from mvm.hostd.install import observe, units
+from mvm.hostd.install.plan import StrictFilter
 
 
 def test_it_serves_one_root_only(run: Run) -> None:
@@ -78,3 +80,29 @@ def test_ssh_is_shell() -> None:
     CliRunner().invoke(probe, obj=App())
     assert (seen["user"], seen["argv"]) == ("u", ("true",))
     assert "no SSH" in (ssh.help or "")
+
+
+@pytest.mark.req("H6")
+@pytest.mark.parametrize("why", [MissingPrerequisite("no list", details="of 1.15.0"), OSError("no compiler")])
+def test_a_strict_filter_that_cannot_be_made_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: Exception
+) -> None:
+    def fail() -> None:
+        raise why
+
+    monkeypatch.setattr(observe, "strict_filter", fail)
+    assert _strict_filter(App()) is None
+    assert "no strict seccomp filter" in capsys.readouterr().err
+
+
+@pytest.mark.req("H6")
+def test_one_that_the_settings_cannot_take_is_a_warning_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = StrictFilter("1.16.1", Path("/usr/lib/mvm/firecracker/1.16.1"), b"compiled")
+    monkeypatch.setattr(observe, "strict_filter", lambda: found)
+    monkeypatch.setattr(observe, "settings_text", lambda: None)
+    assert _strict_filter(App()) == found
+    monkeypatch.setattr(observe, "settings_text", lambda: "mode = 3")
+    assert _strict_filter(App()) is None
+    assert "not valid" in capsys.readouterr().err

@@ -78,10 +78,9 @@ def observe(targets: Iterable[Path], root: Path) -> Observed:
     """`targets`: where files of ours belong."""
     service, pid = _unit(units.SERVICE)
     socket, _ = _unit(units.SOCKET)
-    settings_bytes = _read(settings.FILE)
     return Observed(
         files={path: data for path in targets if (data := _read(path)) is not None},
-        settings=None if settings_bytes is None else settings_bytes.decode("utf-8", "replace"),
+        settings=settings_text(),
         group=_has_group(),
         places=all(os.path.isdir(place) for place in _PLACES),
         node_id=(root / "node-id").exists(),
@@ -89,6 +88,11 @@ def observe(targets: Iterable[Path], root: Path) -> Observed:
         socket=socket,
         code_changed=pid > 0 and (_older_than_its_code(pid) or runs_another_code(pid, Path(sys.prefix))),
     )
+
+
+def settings_text() -> str | None:
+    found = _read(settings.FILE)
+    return None if found is None else found.decode("utf-8", "replace")
 
 
 def _read(path: Path) -> bytes | None:

@@ -22,7 +22,6 @@ from mvm.hostd.install import units
 SYSTEMD_S: Final = 60.0
 START_S: Final = 660.0
 """Beyond the unit's own TimeoutStartSec: recovery looks at every instance before the daemon is ready."""
-_OURS: Final = re.compile(r"strict-[0-9a-f]{12}\.bpf")
 _FILTERS: Final = re.compile(r"\s*\[\[\s*vmm\.strict_filters\s*\]\]\s*(?:#.*)?")
 _MODE_KEY: Final = "mode"
 _HEAD: Final = "# Limits of mvm-hostd, and its mode. docs/privileges.md lists what may be said here.\n"
@@ -81,7 +80,7 @@ class StrictFilter(msgspec.Struct, frozen=True):
     @property
     def path(self) -> Path:
         """By its content: what is pinned is never written over."""
-        return self.folder / f"strict-{self.sha256[:12]}.bpf"
+        return self.folder / _filter_name(self.sha256)
 
 
 class Unit(msgspec.Struct, frozen=True):
@@ -144,9 +143,13 @@ def plan(
         steps.append(Run("udev reads its rules again", ("udevadm", "control", "--reload")))
     wanted = with_mode(observed.settings, mode)
     why = f"mode {mode}"
-    if strict is not None and wanted != (pinned := with_filter(wanted, strict)):
-        steps.append(WriteFile("for tenants whose seccomp is strict", strict.path, strict.data))
-        wanted, why = pinned, f"{why}; its strict filter, by hash"
+    if strict is not None:
+        pinned = with_filter(wanted, strict)
+        ours = any(one.path == str(strict.path) for one in settings.parse(pinned).vmm.strict_filters)
+        if ours and observed.files.get(strict.path) != strict.data:
+            steps.append(WriteFile("for tenants whose seccomp is strict", strict.path, strict.data))
+        if pinned != wanted:
+            wanted, why = pinned, f"{why}; its strict filter, by hash"
     if wanted != observed.settings:
         steps.append(WriteFile(why, settings.FILE, wanted.encode()))
         changed.add(settings.FILE)
@@ -218,7 +221,7 @@ def with_filter(text: str, strict: StrictFilter) -> str:
     or says what it says in a form that cannot be changed here.
     """
     there = [one for one in settings.parse(text).vmm.strict_filters if one.version == strict.version]
-    if any(not _OURS.fullmatch(Path(one.path).name) for one in there):
+    if any(Path(one.path).name != _filter_name(one.sha256) for one in there):
         return text
     lines = text.rstrip("\n").split("\n")
     tables = [n for n, line in enumerate(lines) if line.lstrip().startswith("[")] + [len(lines)]
@@ -246,6 +249,10 @@ def with_filter(text: str, strict: StrictFilter) -> str:
             resolution="Write them so, or name a filter of your own for this version.",
         )
     return made
+
+
+def _filter_name(sha256: str) -> str:
+    return f"strict-{sha256[:12]}.bpf"
 
 
 def _value_of(line: str, key: str) -> str | None:

@@ -245,7 +245,7 @@ FILTER = StrictFilter("1.16.1", Path("/usr/lib/mvm/firecracker/1.16.1"), b"compi
 OTHER = msgspec.structs.replace(FILTER, data=b"compiled anew")
 OWN = """[[vmm.strict_filters]]  # by hand
   version = "1.16.1"
-path = "/etc/mvm/own.bpf"
+path = "/etc/mvm/strict-0123456789ab.bpf"
 sha256 = "%s"
 """ % ("0" * 64)
 
@@ -264,8 +264,14 @@ def test_a_strict_filter_is_written_and_pinned_once() -> None:
     assert isinstance(pinned, WriteFile)
     assert pins(pinned.data.decode()) == [("1.16.1", str(FILTER.path), FILTER.sha256)]
     assert commands(found) == ["systemctl restart mvm-hostd.service"]
-    assert steps(strict=FILTER, settings=pinned.data.decode()) == []
-    assert len(steps(strict=OTHER, settings=pinned.data.decode())) == 3
+    text = pinned.data.decode()
+    there = {**DONE.files, FILTER.path: FILTER.data}
+    assert steps(strict=FILTER, settings=text, files=there) == []
+    assert len(steps(strict=OTHER, settings=text, files=there)) == 3
+    for files in (DONE.files, {**there, FILTER.path: b"damaged"}):
+        [again] = steps(strict=FILTER, settings=text, files=files)
+        assert isinstance(again, WriteFile)
+        assert (again.path, again.data) == (FILTER.path, FILTER.data)
 
 
 @pytest.mark.parametrize("place", ["", "# above\n\n", '[vmm]\ndriver = "auto"\n\n'])

@@ -219,6 +219,12 @@ class FirecrackerDriver:
         version = str(Version(*facts.version))
         for one in self._strict_filters:
             if one.version == version:
+                if not one.path.exists():
+                    raise MissingPrerequisite(
+                        f"the strict seccomp filter for Firecracker {version} is gone",
+                        details=str(one.path),
+                        resolution="Restore the file; one that mvm made, by: mvm bootstrap",
+                    )
                 if programs.sha256(one.path) != one.sha256:
                     raise Refused(
                         "the strict seccomp filter is not the file that was pinned",

@@ -27,7 +27,7 @@ NEWEST: Final = Version(1, 16, 1)
 """The newest version these rules were checked against."""
 
 _PRINTED: Final = re.compile(
-    r"^(?:Firecracker|Jailer|Seccompiler-bin) v(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:[-+]\S*)?\s*$", re.MULTILINE
+    r"^(?:Firecracker|Jailer|seccompiler) v(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:[-+]\S*)?\s*$", re.MULTILINE
 )
 _FORMAT: Final = re.compile(r"^v(\d{1,4}\.\d{1,4}\.\d{1,4})\s*$", re.MULTILINE)
 
