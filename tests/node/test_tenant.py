@@ -18,8 +18,9 @@ def tenant(guests: Guests) -> str:
 
 
 def open_disks(rig: Rig) -> list[str]:
-    """Data disks that the kernel has open."""
-    return rig.sh("cat /sys/block/dm-*/dm/name 2>/dev/null || true").split()
+    """Data disks that the kernel has open, without the marks of their directories."""
+    names = rig.sh("cat /sys/block/dm-*/dm/name 2>/dev/null || true").split()
+    return [name.partition(".")[0] for name in names]
 
 
 @pytest.mark.req("O4", "L5", "S1", "S2", "K1")
