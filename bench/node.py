@@ -204,6 +204,16 @@ class Guest:
         now = cost.of_vm(record.process.pid)
         return Timed(wall, cost.Cpu(now.command - before, now.keeper, now.vmm), record)
 
+    def put_to_sleep(self) -> None:
+        """Asleep for the second time: one life to learn the working set in, and the sleep that writes it down."""
+        self.boot()
+        self.start_worker()
+        self.sleep()
+        self.wake()
+        self.worker.ask("touch")
+        time.sleep(WINDOW_S)
+        self.sleep()
+
     # The verbs, as commands.
 
     def command(self, verb: str) -> Timed:

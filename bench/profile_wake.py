@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from bench.cost import Cpu
 from bench.figures import aligned
-from bench.node import WINDOW_S, Restored, encrypted, measuring_node, plain
+from bench.node import Restored, encrypted, measuring_node, plain
 from bench.target import Target, add_options, of_options
 
 from mvm.core.errors import MvmError
@@ -162,14 +162,7 @@ def profile(size: int, repeats: int, say: Callable[[str], None], target: Target)
     used: list[PagerUse] = []
     with measuring_node((size,), say, target) as node:
         guest = node.guests[0]
-        guest.boot()
-        guest.start_worker()
-        guest.sleep()
-        # One life to learn the working set in, and the sleep that writes it down.
-        guest.wake()
-        guest.worker.ask("touch")
-        time.sleep(WINDOW_S)
-        guest.sleep()
+        guest.put_to_sleep()
         for repeat in range(repeats):
             say(f"{100 * repeat // repeats:3d} %  repeat {repeat + 1}/{repeats}")
             for is_plain in (True, False) if repeat % 2 else (False, True):

@@ -33,7 +33,6 @@ from typing import Final, NamedTuple
 
 from bench.figures import aligned
 from bench.node import (
-    WINDOW_S,
     Guest,
     Opened,
     Restored,
@@ -149,7 +148,7 @@ def by_userfault(guest: Guest, context: Context, fingerprint: Fingerprint, opene
     image = opened.enter_context(open_snapshot(context, fingerprint))
     state = image.state()
     handlers: list[int] = []
-    opened.callback(lambda: [_end(pid) for pid in handlers])
+    opened.callback(_end, handlers)
 
     def load(vm: Vm) -> None:
         assert isinstance(vm, FirecrackerVm)
@@ -159,10 +158,11 @@ def by_userfault(guest: Guest, context: Context, fingerprint: Fingerprint, opene
     return Opened(plain_memory(guest.plain_image), image.authenticate, load)
 
 
-def _end(pid: int) -> None:
-    """A handler whose VMM may be there yet: an answer that did not come is no reason to wait for it."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def _end(handlers: Sequence[int]) -> None:
+    """Of VMMs that may be there yet: an answer that did not come is no reason to wait for it."""
+    for pid in handlers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def _load(vm: FirecrackerVm, state: bytes, image: SealedImage, uid: int) -> int:
@@ -211,14 +211,7 @@ def measure(size: int, repeats: int, say: Callable[[str], None], options: argpar
     found: dict[str, list[Restored]] = {name: [] for name in WAYS}
     with measuring_node((size,), say, of_options(options)) as node:
         guest = node.guests[0]
-        guest.boot()
-        guest.start_worker()
-        guest.sleep()
-        # One life to learn the working set in, and the sleep that writes it down.
-        guest.wake()
-        guest.worker.ask("touch")
-        time.sleep(WINDOW_S)
-        guest.sleep()
+        guest.put_to_sleep()
         names = list(WAYS)
         for repeat in range(repeats):
             say(f"{100 * repeat // repeats:3d} %  repeat {repeat + 1}/{repeats}")
