@@ -11,7 +11,7 @@ from tests.node.guests import Guests
 
 pytestmark = [pytest.mark.node]
 
-KILLS = int(os.environ.get("MVM_NODE_KILLS", "4"))
+KILLS = int(os.environ.get("MVM_NODE_KILLS", "10"))
 POWER_LOSSES = int(os.environ.get("MVM_POWER_LOSSES", "2"))
 
 

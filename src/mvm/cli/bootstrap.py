@@ -33,9 +33,10 @@ def bootstrap(app: App, dry_run: bool, development: bool) -> None:
     """Set up this host: install mvm-hostd as a service, start it, and see that it holds what it should.
 
     Begins with the checklist of mvm doctor. Where KVM, cgroup v2, nftables, dm-crypt or a program is missing it names
-    each with its fix, changes nothing and exits with 15. It writes units, the group mvm, directories, this node's id
-    and the mode in /etc/mvm/hostd.toml, and may be run again at any time: what is as it should be stays, and VMs go
-    on running. Needs root, and an mvm installed by mvm-install.sh.
+    each with its fix, changes nothing and exits with 15. It writes units, the group mvm, directories, this node's id,
+    Firecracker's strict filter where its release can make one, and mode and filter in /etc/mvm/hostd.toml. It may be
+    run again at any time: what is as it should be stays, and VMs go on running. Needs root, and an mvm installed by
+    mvm-install.sh.
     """
     from mvm.cli.progress import Progress
     from mvm.hostd.install import needs, units

@@ -31,9 +31,8 @@ def hold(device: str) -> list[int]:
         time.sleep(0.1)
     kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-    fcntl.ioctl(
-        vm, KVM_CREATE_IRQCHIP, 0
-    )  # a processor gets its interrupt controller, which begins switched off
+    # Then a processor gets its interrupt controller, which begins switched off.
+    fcntl.ioctl(vm, KVM_CREATE_IRQCHIP, 0)
     return [kvm, vm, fcntl.ioctl(vm, KVM_CREATE_VCPU, 0)]
 
 

@@ -91,6 +91,7 @@ def observe(targets: Iterable[Path], root: Path) -> Observed:
 
 
 def settings_text() -> str | None:
+    """What hostd.toml says; None if there is none."""
     found = _read(settings.FILE)
     return None if found is None else found.decode("utf-8", "replace")
 

@@ -62,7 +62,7 @@ def mark(image: Path) -> str:
 
 
 def render_name(image: Path, vm_name: str) -> str:
-    """The mapping of an instance's disk (`InstanceId.vm_name`), at most 127 bytes: `mvm-acme--default-0.01234567ab`."""
+    """The mapping of an instance's disk, `mvm-acme--default-0.0123456789ab`. ValueError over 127 bytes."""
     name = f"{PREFIX}{vm_name}.{mark(image)}"
     if len(name) > device_mapper.NAME_MAX:
         raise ValueError(f"too long for the name of a mapping: {name}")
